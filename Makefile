@@ -2,17 +2,51 @@
 # `make demo` and `make test` need Python 3.11 or newer, gcc and cmake; everything else is installed into .venv.
 PYTHON ?= python3
 VENV := .venv
-STAMP := $(VENV)/.ready
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+DEMO := demo
+MODELS := .models
 
-.PHONY: help setup demo test test-slow lint clean models
+.PHONY: help setup demo test test-slow lint types examples models clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
 
-setup: $(STAMP)  ## install deltaweave and its tools into .venv
+setup: $(READY)  ## install deltaweave and its tools into .venv
 
-$(STAMP): pyproject.toml constraints.txt CMakeLists.txt
+$(READY): pyproject.toml constraints.txt CMakeLists.txt
 	@$(PYTHON) -c 'import sys; sys.exit("deltaweave needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
-	@touch $(STAMP)
+	@echo "setting up $(VENV) (about a minute, once)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	@touch $(READY)
+
+demo: $(READY)  ## train a pair, compress it, compare, and write demo/report.html (five minutes)
+	@$(BIN)/python examples/demo/run.py --folder $(DEMO)
+
+test: $(READY)  ## the fast tests
+	@$(BIN)/python -m pytest
+
+test-slow: $(READY)  ## the slow CPU tests
+	@$(BIN)/python -m pytest -m slow
+
+models: $(READY)  ## fetch the real models that `pytest -m realmodel` needs (440 MB)
+	@$(BIN)/python tests/fetch_models.py $(MODELS)
+
+examples: $(READY)  ## run the examples
+	@for script in examples/*.py; do echo "$$script" && $(BIN)/python $$script || exit 1; done
+
+lint: $(READY)  ## style and spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/codespell
+
+# mypy knows packages by their path, so the rooms are shown to it where they live inside the package.
+types: $(READY)  ## types
+	@rm -rf build/types && mkdir -p build/types/deltaweave
+	@ln -s $(CURDIR)/deltaweave/* build/types/deltaweave/
+	@for room in formats converter runtime_plugin; do ln -sfn $(CURDIR)/$$room build/types/deltaweave/$$room; done
+	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p deltaweave
+
+clean:  ## remove everything that was made here
+	rm -rf $(VENV) build $(DEMO) $(MODELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

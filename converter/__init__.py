@@ -1,1 +1,40 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Checkpoints to deltas, and back."""
+
+from deltaweave.converter.apply import apply, require_base, tuned_names, tuned_tensor
+from deltaweave.converter.bitdelta import BitDeltaOptions, compress_bitdelta
+from deltaweave.converter.checkpoint import Checkpoint
+from deltaweave.converter.compress import compress
+from deltaweave.converter.errors import CalibrationError, CheckpointError, OutputError, RecipeError, ResumeError
+from deltaweave.converter.estimate import Estimate, estimate
+from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progress, plan_compression
+from deltaweave.converter.policies import Policies
+from deltaweave.converter.recipe import Recipe, published_alpha
+from deltaweave.converter.verify import Check, verify
+
+__all__ = [
+    "BitDeltaOptions",
+    "Check",
+    "CalibrationError",
+    "Checkpoint",
+    "CheckpointError",
+    "CompressionOptions",
+    "CompressionPlan",
+    "Estimate",
+    "OutputError",
+    "Policies",
+    "Progress",
+    "Recipe",
+    "RecipeError",
+    "ResumeError",
+    "apply",
+    "compress",
+    "compress_bitdelta",
+    "estimate",
+    "plan_compression",
+    "published_alpha",
+    "require_base",
+    "tuned_names",
+    "tuned_tensor",
+    "verify",
+]

@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Calibration data: text to token windows, and the decoder run block by block over activations that live in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from deltaweave.converter.checkpoint import EMBEDDING, Checkpoint
+from deltaweave.converter.errors import CalibrationError, CheckpointError
+
+__all__ = ["Activations", "BlockStream", "CalibrationData", "compute_dtype", "default_sequence_length"]
+
+DEFAULT_TEXT = "default"
+# Tokens per forward: bounds what one block's intermediate activations may take.
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """Token windows drawn from a text.
+
+    Attributes:
+        tokens: [samples, sequence_length] int64.
+        source: the file's name, or `default`.
+        sha256: of the text's bytes.
+    """
+
+    tokens: torch.Tensor
+    source: str
+    sha256: str
+
+    @classmethod
+    def load(cls, source: str | Path, tokenizer_folder: Path, samples: int, sequence_length: int, seed: int) -> CalibrationData:
+        """Reads a text, tokenizes it and draws windows at random places.
+
+        Args:
+            source: `default`, a .txt file, or a .jsonl file whose lines have `text`, `messages`, or
+                `prompt` and `answer`.
+            tokenizer_folder: the checkpoint whose tokenizer is used.
+            samples: number of windows.
+            sequence_length: tokens per window.
+            seed: of the random places.
+
+        Raises:
+            CalibrationError: an unreadable or too short text, or a folder without a tokenizer.
+        """
+        content, name = _read_source(source)
+        tokenizer = _load_tokenizer(tokenizer_folder)
+        documents = _documents(content, name, tokenizer)
+        separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+        stream: list[int] = []
+        for document in documents:
+            stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + separator
+        if len(stream) < sequence_length:
+            raise CalibrationError(
+                f"{name}: holds {len(stream)} tokens, fewer than one sequence of {sequence_length} (--sequence-length)"
+            )
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(stream) - sequence_length + 1, (samples,), generator=generator)
+        tokens = torch.tensor(stream)[starts[:, None] + torch.arange(sequence_length)]
+        return cls(tokens, name, hashlib.sha256(content).hexdigest())
+
+
+def default_sequence_length(config: dict[str, Any]) -> int:
+    """2048 as published, or the model's longest sequence if that is shorter."""
+    return min(2048, int(config.get("max_position_embeddings") or 2048))
+
+
+class Activations:
+    """Hidden states [samples, sequence_length, hidden_size] in a file, so that they cost page cache, not memory."""
+
+    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
+        """Maps `path`, creating or resizing it to fit."""
+        self.path, self.shape, self.dtype = path, shape, dtype
+        size = int(np.prod(shape)) * dtype.itemsize
+        with path.open("ab") as file:
+            file.truncate(size)
+            # Claims the space now: a full disk is an error here, not a crash at some later write to the map.
+            os.posix_fallocate(file.fileno(), 0, size)
+        self._map = np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,))
+        self._tensor = torch.from_numpy(self._map).view(dtype).view(shape)
+
+    def pieces(self, device: torch.device) -> int:
+        """How many pieces `chunks` makes."""
+        return -(-self.shape[0] // self._step(device))
+
+    def chunks(self, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Pieces of whole sequences, moved to `device`."""
+        samples, step = self.shape[0], self._step(device)
+        for start in range(0, samples, step):
+            rows = slice(start, min(start + step, samples))
+            yield rows, self._tensor[rows].to(device)
+
+    def _step(self, device: torch.device) -> int:
+        return max(1, CHUNK_TOKENS[device.type] // self.shape[1])
+
+    def write(self, rows: slice, values: torch.Tensor) -> None:
+        """Stores hidden states of some sequences."""
+        self._tensor[rows] = values.to(self.dtype).cpu()
+
+    def flush(self) -> None:
+        """Makes what was written durable."""
+        self._map.flush()
+        with self.path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block and keeps the arguments that the model gives it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {}
+
+    def forward(self, hidden: torch.Tensor, **arguments: Any) -> torch.Tensor:
+        self.arguments = arguments
+        return hidden
+
+
+class _InputSeen(Exception):  # noqa: N818 - a signal that leaves a forward early, not an error
+    pass
+
+
+class BlockStream:
+    """The tuned model's decoder blocks, one in memory at a time.
+
+    The model is built on the meta device; a block's weights are mapped from the checkpoint when it is loaded. What
+    Transformers hands its blocks (masks, rotary embeddings) is recorded from the model's own forward, so every
+    family behaves here as it does there.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, sequence_length: int, device: torch.device) -> None:
+        """Prepares to run blocks of `checkpoint` on sequences of `sequence_length` tokens."""
+        self.checkpoint, self.device = checkpoint, device
+        config = AutoConfig.from_pretrained(checkpoint.folder)
+        self.dtype = compute_dtype(checkpoint.dtype(checkpoint.resolve(EMBEDDING) or EMBEDDING), device)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
+        self._decoder = model.get_decoder().eval()
+        self._blocks: nn.ModuleList = self._decoder.layers
+        self._arguments = self._record(config, sequence_length)
+
+    def embed(self, tokens: torch.Tensor, into: Activations) -> None:
+        """Writes the input of block 0 for `tokens` [samples, sequence_length]."""
+        embedding = self.checkpoint.tensor(EMBEDDING)
+        for row, sequence in enumerate(tokens):
+            into.write(slice(row, row + 1), embedding[sequence][None])
+
+    def load(self, layer: int) -> nn.Module:
+        """A block with the tuned weights."""
+        block: nn.Module = self._blocks[layer]
+        prefix = f"model.layers.{layer}."
+        state = {}
+        for name in block.state_dict():
+            if prefix + name not in self.checkpoint:
+                raise CheckpointError(f"{self.checkpoint.folder}: has no tensor {prefix + name}")
+            state[name] = self.checkpoint.tensor(prefix + name).to(self.device, self.dtype)
+        block.load_state_dict(state, strict=True, assign=True)
+        return block
+
+    def unload(self, layer: int) -> None:
+        """Frees a block's weights."""
+        self._blocks[layer].to("meta")
+
+    @torch.no_grad()
+    def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Runs a loaded block on [samples, sequence_length, hidden_size]."""
+        output = self._blocks[layer](hidden, **self._arguments[layer])
+        result: torch.Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def second_moment(self, layer: int, module: str, inputs: Activations) -> Iterator[torch.Tensor]:
+        """Accumulates 2/n X X^T of one projection's inputs over all sequences.
+
+        Yields the running sum [in_features, in_features] float32 after each chunk; the last one is the Hessian.
+        The forward stops at the projection, whose predecessors in the block already hold compressed weights.
+        """
+        projection = self._blocks[layer].get_submodule(module)
+        captured: list[torch.Tensor] = []
+
+        def stop(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            captured.append(arguments[0])
+            raise _InputSeen
+
+        total: torch.Tensor | None = None
+        handle = projection.register_forward_pre_hook(stop)
+        try:
+            for _, hidden in inputs.chunks(self.device):
+                try:
+                    self.forward(layer, hidden)
+                except _InputSeen:
+                    x = captured.pop().flatten(0, -2).float()
+                if total is None:
+                    total = torch.zeros(x.shape[1], x.shape[1], device=self.device)
+                total.addmm_(x.T, x, alpha=2 / inputs.shape[0])
+                yield total
+        finally:
+            handle.remove()
+
+    def _record(self, config: Any, sequence_length: int) -> list[dict[str, Any]]:
+        """The keyword arguments that each block receives for an unpadded sequence."""
+        blocks, norm = self._decoder.layers, self._decoder.norm
+        recorders = nn.ModuleList(_Recorder() for _ in blocks)
+        self._decoder.layers, self._decoder.norm = recorders, nn.Identity()
+        self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=config).to(self.device)
+        embeddings = torch.zeros(1, sequence_length, config.hidden_size, dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            self._decoder(inputs_embeds=embeddings, use_cache=False)
+        self._decoder.layers, self._decoder.norm = blocks, norm
+        return [recorder.arguments for recorder in recorders]
+
+
+def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The checkpoint's dtype where the device multiplies it at full speed, else float32."""
+    if device.type == "cuda" or (stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+        return stored
+    return torch.float32
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise CalibrationError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+
+
+def _read_source(source: str | Path) -> tuple[bytes, str]:
+    if str(source) == DEFAULT_TEXT:
+        return files("deltaweave.converter").joinpath("data/calibration.txt").read_bytes(), DEFAULT_TEXT
+    path = Path(source)
+    if path.suffix not in (".txt", ".jsonl"):
+        raise CalibrationError(f"{path}: calibration text must be .txt, .jsonl, `default` or `none`")
+    try:
+        return path.read_bytes(), path.name
+    except OSError as error:
+        raise CalibrationError(f"{path}: not readable ({error.strerror})") from error
+
+
+def _documents(content: bytes, name: str, tokenizer: Any) -> list[str]:
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise CalibrationError(f"{name}: not UTF-8 at byte {error.start}") from error
+    if not name.endswith(".jsonl"):
+        return [text]
+    return [_document(line, f"{name}:{number}", tokenizer) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+
+
+def _document(line: str, where: str, tokenizer: Any) -> str:
+    try:
+        entry = json.loads(line)
+    except ValueError as error:
+        raise CalibrationError(f"{where}: not JSON ({error})") from error
+    if isinstance(entry, dict):
+        if isinstance(entry.get("text"), str):
+            return str(entry["text"])
+        if isinstance(entry.get("messages"), list):
+            if not tokenizer.chat_template:
+                raise CalibrationError(f"{where}: has messages, but the tokenizer has no chat template")
+            return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
+        if isinstance(entry.get("prompt"), str) and isinstance(entry.get("answer"), str):
+            return str(entry["prompt"]) + str(entry["answer"])
+    raise CalibrationError(f"{where}: has neither `text`, nor `messages`, nor `prompt` and `answer`")

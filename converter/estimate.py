@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a compression will cost, before it starts: time from counted operations and measured rates, memory, disk, size."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from deltaweave.converter.calibration import CHUNK_TOKENS, compute_dtype, default_sequence_length
+from deltaweave.converter.checkpoint import EMBEDDING
+from deltaweave.converter.families import Projection
+from deltaweave.converter.plan import CompressionOptions, CompressionPlan
+from deltaweave.converter.policies import other_bytes
+from deltaweave.formats import factored_bytes
+
+__all__ = ["Estimate", "estimate"]
+
+# Symmetric eigenproblems do about this many operations per n^3 at a matrix product's rate (measured, LAPACK syevd).
+EIGH_OPERATIONS = 45
+# Interpreter and kernel-launch time of one GPTQ column, in seconds.
+COLUMN_SECONDS = {"cpu": 1.2e-4, "cuda": 1.5e-4}
+# Python, torch and transformers before any tensor, in bytes.
+IDLE_BYTES = 450 * 10**6
+RATE_SIZE = 1024
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Costs of a compression.
+
+    Attributes:
+        seconds: on the device that will be used, other load aside.
+        memory_bytes: peak anonymous memory of the host (on a GPU, of the GPU).
+        disk_bytes: output and unfinished work together, at their peak.
+        projection_bytes: the projections' share of the output.
+        file_bytes: the whole output, without its header.
+    """
+
+    seconds: float
+    memory_bytes: int
+    disk_bytes: int
+    projection_bytes: int
+    file_bytes: int
+
+
+def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
+    """Counts operations and bytes of a compression; measures the device for a fraction of a second."""
+    projections = sum(
+        factored_bytes(p.shape, plan.bands[p.weight].bands, options.recipe.group_size).total for p in plan.projections
+    )
+    others = sum(other_bytes(plan.base, plan.tuned, name, options.effective_policies, options.recipe.group_size) for name in plan.others)
+    activations = 2 * _activation_bytes(plan, options) if options.calibrated else 0
+    return Estimate(
+        seconds=_seconds(plan, options),
+        memory_bytes=_memory(plan, options),
+        disk_bytes=activations + 2 * (projections + others),
+        projection_bytes=projections,
+        file_bytes=projections + others,
+    )
+
+
+def _tokens(plan: CompressionPlan, options: CompressionOptions) -> int:
+    return options.samples * (options.sequence_length or default_sequence_length(plan.tuned.config))
+
+
+def _dtype(plan: CompressionPlan, options: CompressionOptions) -> torch.dtype:
+    return compute_dtype(plan.tuned.dtype(EMBEDDING), options.torch_device)
+
+
+def _activation_bytes(plan: CompressionPlan, options: CompressionOptions) -> int:
+    return _tokens(plan, options) * int(plan.tuned.config["hidden_size"]) * _dtype(plan, options).itemsize
+
+
+def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
+    device = options.torch_device
+    double, single = _rate(torch.float64, device), _rate(torch.float32, device)
+    stages = [stage for layer in plan.layers for stage in layer]
+    seconds = sum(_svd_operations(p) for p in plan.projections) / double
+    seconds += sum(4 * p.shape[0] * p.shape[1] * plan.bands[p.weight].rank for p in plan.projections) / single
+    if options.calibrated:
+        tokens = _tokens(plan, options)
+        seconds += sum(_gptq_operations(plan, stage) + 2 * tokens * _width(stage) ** 2 for stage in stages) / single
+        seconds += sum(_columns(plan, stage) for stage in stages) * COLUMN_SECONDS[device.type]
+        seconds += tokens * _forward_operations(plan) / _rate(_dtype(plan, options), device)
+    return seconds
+
+
+def _width(stage: list[Projection]) -> int:
+    return stage[0].shape[1]
+
+
+def _svd_operations(projection: Projection) -> float:
+    short, long = sorted(projection.shape)
+    return 4.0 * long * short**2 + EIGH_OPERATIONS * short**3
+
+
+def _columns(plan: CompressionPlan, stage: list[Projection]) -> int:
+    return _width(stage) + sum(plan.bands[p.weight].rank for p in stage)
+
+
+def _gptq_operations(plan: CompressionPlan, stage: list[Projection]) -> float:
+    """Inverse factors, V's and U's updates, U's Hessian, and the two output errors."""
+    width, total = _width(stage), 0.0
+    for projection in stage:
+        rank, out_features = plan.bands[projection.weight].rank, projection.shape[0]
+        total += 3 * rank * width**2 + 2 * rank**3 + out_features * rank**2 + 4 * out_features * width**2
+    return total + 3 * width**3
+
+
+def _forward_operations(plan: CompressionPlan) -> float:
+    """Per token: each stage's data needs the block up to it, the next layer's the whole block; attention comes on top."""
+    total = 0.0
+    for layer in plan.layers:
+        sizes = [sum(2.0 * p.shape[0] * p.shape[1] for p in stage) for stage in layer]
+        total += sum(sum(sizes[:step]) for step in range(len(sizes) + 1))
+    return total
+
+
+def _memory(plan: CompressionPlan, options: CompressionOptions) -> int:
+    dtype = _dtype(plan, options)
+    layer, peak = plan.layers[0], 0
+    converted = dtype != plan.tuned.dtype(EMBEDDING)
+    block = sum(p.shape[0] * p.shape[1] for stage in layer for p in stage) * dtype.itemsize
+    for stage in layer:
+        weights = 4 * sum(p.shape[0] * p.shape[1] for p in stage)
+        hessians = 4 * 4 * _width(stage) ** 2 if options.calibrated else 0
+        gram = max(3 * 8 * min(p.shape) ** 2 for p in stage)
+        peak = max(peak, 3 * weights + max(hessians, gram))
+    forward = 0
+    if options.calibrated:
+        chunk = max(CHUNK_TOKENS[options.torch_device.type], options.sequence_length or 0)
+        widest = max(max(p.shape) for stage in layer for p in stage)
+        forward = chunk * widest * (4 * dtype.itemsize + 8)
+    return IDLE_BYTES + block * (2 if converted else 1) + max(peak, forward)
+
+
+def _rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of a square matrix product."""
+    matrix = torch.randn(RATE_SIZE, RATE_SIZE, device=device).to(dtype)
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        float((matrix @ matrix)[0, 0])
+        seconds.append(time.perf_counter() - start)
+    return 2 * RATE_SIZE**3 / min(seconds)
+

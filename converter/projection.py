@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Delta-CoMe on the projections of one stage (arXiv 2406.08903): SVD, then V and U quantized with their own Hessians."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from deltaweave.converter.gptq import gptq
+from deltaweave.converter.quantize import QuantizedRows, VectorsAsColumns, VectorsAsRows, bits_of_ranks, round_to_nearest
+from deltaweave.converter.recipe import BandPlan, Recipe
+from deltaweave.converter.svd import Factors, truncated_svd
+from deltaweave.formats import FactoredRecord
+
+__all__ = ["CompressedProjection", "compress_stage"]
+
+
+@dataclass(frozen=True)
+class CompressedProjection:
+    """One projection's delta after compression.
+
+    Attributes:
+        record: what the file stores; None for a delta of zeros.
+        delta: [out_features, in_features] float32, what the record stands for.
+    """
+
+    record: FactoredRecord | None
+    delta: torch.Tensor
+
+
+def compress_stage(
+    deltas: Sequence[torch.Tensor],
+    plans: Sequence[BandPlan],
+    hessian: torch.Tensor | None,
+    recipe: Recipe,
+) -> list[CompressedProjection]:
+    """Compresses projections that share their input.
+
+    Args:
+        deltas: [out_features, in_features] float32 each, the same in_features and device.
+        plans: the bands of each.
+        hessian: [in_features, in_features] float32 second moment of the shared input; None rounds to nearest.
+        recipe: group size and GPTQ's settings.
+    """
+    factors = [truncated_svd(delta, plan.rank) for delta, plan in zip(deltas, plans, strict=True)]
+    plans = [plan.truncated(factor.rank) for plan, factor in zip(plans, factors, strict=True)]
+    vs = _quantize_v(factors, plans, hessian, recipe)
+    results = []
+    for delta, factor, plan, v in zip(deltas, factors, plans, vs, strict=True):
+        if factor.rank == 0:
+            results.append(CompressedProjection(None, torch.zeros_like(delta)))
+            continue
+        u = _quantize_u(factor, plan, v, hessian, recipe)
+        approximation = u.values.T @ (factor.sigma[:, None] * v.values)
+        quality = {"energy_kept": factor.energy, **_errors(delta, approximation, hessian)}
+        shape = (delta.shape[0], delta.shape[1])
+        sigma = factor.sigma.cpu().numpy()
+        record = FactoredRecord(shape, u.packed(plan.bands), v.packed(plan.bands), sigma, quality)
+        results.append(CompressedProjection(record, approximation))
+    return results
+
+
+def _quantize_v(
+    factors: Sequence[Factors], plans: Sequence[BandPlan], hessian: torch.Tensor | None, recipe: Recipe
+) -> list[QuantizedRows]:
+    """V of all projections at once: their rows are independent and share the Hessian, so one pass serves all."""
+    vectors = torch.cat([factor.v for factor in factors])
+    bits = torch.cat([bits_of_ranks(plan.bands) for plan in plans])
+    if hessian is None or not len(bits):
+        together = round_to_nearest(vectors, bits, recipe.group_size)
+    else:
+        quantizer = VectorsAsRows(vectors, bits, recipe.group_size)
+        gptq(vectors, hessian.clone(), quantizer, damping=recipe.damping, activation_order=recipe.activation_order)
+        together = quantizer.result
+    ends = torch.tensor([factor.rank for factor in factors]).cumsum(0).tolist()
+    return [together[end - factor.rank : end] for factor, end in zip(factors, ends, strict=True)]
+
+
+def _quantize_u(
+    factor: Factors, plan: BandPlan, v: QuantizedRows, hessian: torch.Tensor | None, recipe: Recipe
+) -> QuantizedRows:
+    """U against the input it will see at run time, `sigma * (V^ x)`; its Hessian follows from V^ without new data."""
+    bits = bits_of_ranks(plan.bands)
+    if hessian is None:
+        return round_to_nearest(factor.u.T.contiguous(), bits, recipe.group_size)
+    basis = factor.sigma[:, None] * v.values
+    quantizer = VectorsAsColumns(factor.u.shape[0], bits, recipe.group_size, factor.u.device)
+    u_hessian = basis @ hessian @ basis.T
+    gptq(factor.u, u_hessian, quantizer, damping=recipe.damping, activation_order=recipe.activation_order)
+    return quantizer.result
+
+
+def _errors(delta: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None) -> dict[str, float]:
+    """Relative Frobenius error of the delta and, with a Hessian, of its output on the calibration data."""
+    error = delta - approximation
+    errors = {"weight_error": _ratio(error.square().sum(), delta.square().sum())}
+    if hessian is not None:
+        errors["output_error"] = _ratio(_energy(error, hessian), _energy(delta, hessian))
+    return errors
+
+
+def _energy(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
+    return ((delta @ hessian) * delta).sum()
+
+
+def _ratio(error: torch.Tensor, whole: torch.Tensor) -> float:
+    return float((error.double().clamp_min(0) / whole.double()).sqrt()) if float(whole) > 0 else 0.0

@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Grids for singular vectors: min-max per group, rounded to the file's fp16 before any code is chosen.
+
+Both factors are stored as rows, one per singular vector, in groups along the row (formats/SPEC.md). GPTQ sees V with
+vectors as rows and U with vectors as columns, hence two quantizers over one grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch.nn.functional import pad
+
+from deltaweave.formats import Band, PackedBand, PackedMatrix, pack_codes
+
+__all__ = ["QuantizedRows", "VectorsAsColumns", "VectorsAsRows", "bits_of_ranks", "round_to_nearest"]
+
+SMALLEST_SCALE = 2.0**-24  # the least positive fp16
+
+
+@dataclass
+class QuantizedRows:
+    """Quantized vectors of one factor.
+
+    Attributes:
+        codes: [rank, length] uint8; rows of 16-bit vectors are unused.
+        grid: [rank, groups, 2] float16, (scale, zero) of each group.
+        values: [rank, length] float32, what codes and grid stand for.
+        group_size: codes per group.
+    """
+
+    codes: torch.Tensor
+    grid: torch.Tensor
+    values: torch.Tensor
+    group_size: int
+
+    @classmethod
+    def empty(cls, rank: int, length: int, group_size: int, device: torch.device) -> QuantizedRows:
+        """Room for `rank` vectors."""
+        return cls(
+            torch.zeros(rank, length, dtype=torch.uint8, device=device),
+            torch.zeros(rank, -(-length // group_size), 2, dtype=torch.float16, device=device),
+            torch.zeros(rank, length, device=device),
+            group_size,
+        )
+
+    def __getitem__(self, rows: slice) -> QuantizedRows:
+        return QuantizedRows(self.codes[rows], self.grid[rows], self.values[rows], self.group_size)
+
+    def packed(self, bands: Sequence[Band]) -> PackedMatrix:
+        """The file's form of these vectors, cut into `bands`."""
+        pieces, start = [], 0
+        for band in bands:
+            rows = slice(start, start + band.rank)
+            start += band.rank
+            if band.bits == 16:
+                pieces.append(PackedBand(band, _numpy(self.values[rows].half()), None))
+            else:
+                codes = pack_codes(_numpy(self.codes[rows]), band.bits)
+                pieces.append(PackedBand(band, codes, _numpy(self.grid[rows])))
+        return PackedMatrix(tuple(pieces), self.codes.shape[1], self.group_size)
+
+
+def bits_of_ranks(bands: Sequence[Band]) -> torch.Tensor:
+    """[rank] int64: the bit width of every rank."""
+    return torch.tensor([band.bits for band in bands for _ in range(band.rank)], dtype=torch.int64)
+
+
+def round_to_nearest(vectors: torch.Tensor, bits: torch.Tensor, group_size: int) -> QuantizedRows:
+    """Quantizes each vector by itself.
+
+    Args:
+        vectors: [rank, length] float32.
+        bits: [rank] int64.
+        group_size: values per grid.
+    """
+    result = QuantizedRows.empty(*vectors.shape, group_size, vectors.device)
+    for width in bits.unique().tolist():
+        rows = (bits == width).nonzero().flatten().to(vectors.device)
+        if width == 16:
+            result.values[rows] = vectors[rows].half().float()
+            continue
+        grid = _fit_grid(_grouped(vectors[rows], group_size), _group_lengths(vectors.shape[1], group_size, vectors.device), width)
+        scale, zero = _per_value(grid, vectors.shape[1], group_size)
+        codes = _encode(vectors[rows], scale, zero, (1 << width) - 1)
+        result.codes[rows], result.grid[rows] = codes.to(torch.uint8), grid
+        result.values[rows] = scale * (codes - zero)
+    return result
+
+
+class VectorsAsRows:
+    """V in GPTQ: vectors are rows, grids are fixed beforehand in natural column order, whatever order GPTQ visits in."""
+
+    def __init__(self, vectors: torch.Tensor, bits: torch.Tensor, group_size: int) -> None:
+        """Fits the grids of `vectors` [rank, length] float32 with `bits` [rank]."""
+        self.result = round_to_nearest(vectors, bits, group_size)
+        bits = bits.to(vectors.device)
+        self._exact = bits == 16
+        self._most = ((1 << bits.clamp_max(8)) - 1).float()
+        grid = self.result.grid.float()
+        self._scale, self._zero = grid[..., 0].T.contiguous(), grid[..., 1].T.contiguous()
+        self._scale[:, self._exact] = 1
+
+    def quantize(self, column: int, values: torch.Tensor) -> torch.Tensor:
+        """Quantizes one input feature's entries [rank] of all vectors."""
+        group = column // self.result.group_size
+        scale, zero = self._scale[group], self._zero[group]
+        codes = torch.minimum((values / scale + zero).round_().clamp_min_(0), self._most)
+        quantized = torch.where(self._exact, values.half().float(), scale * (codes - zero))
+        self.result.codes[:, column] = codes.to(torch.uint8)
+        self.result.values[:, column] = quantized
+        return quantized
+
+
+class VectorsAsColumns:
+    """U in GPTQ: vectors are columns, so a vector's grids are fitted to it when GPTQ arrives, errors included."""
+
+    def __init__(self, length: int, bits: torch.Tensor, group_size: int, device: torch.device) -> None:
+        """Room for vectors of `length` with `bits` [rank]."""
+        self.result = QuantizedRows.empty(bits.numel(), length, group_size, device)
+        self._bits: list[int] = bits.tolist()
+        self._lengths = _group_lengths(length, group_size, device)
+
+    def quantize(self, column: int, values: torch.Tensor) -> torch.Tensor:
+        """Quantizes one whole singular vector [out_features]."""
+        bits, size = self._bits[column], self.result.group_size
+        if bits == 16:
+            self.result.values[column] = values.half().float()
+            return self.result.values[column]
+        grid = _fit_grid(_grouped(values, size), self._lengths, bits)
+        scale, zero = _per_value(grid, values.numel(), size)
+        codes = _encode(values, scale, zero, (1 << bits) - 1)
+        self.result.codes[column], self.result.grid[column] = codes.to(torch.uint8), grid
+        self.result.values[column] = scale * (codes - zero)
+        return self.result.values[column]
+
+
+def _fit_grid(groups: torch.Tensor, lengths: torch.Tensor, bits: int) -> torch.Tensor:
+    """(scale, zero) float16 [..., groups, 2] of zero-padded groups [..., groups, group_size]."""
+    if bits == 1:
+        # Two levels around zero: the mean magnitude is their least-squares distance from it.
+        scale = _storable(2 * groups.abs().sum(-1) / lengths)
+        return torch.stack([scale, torch.full_like(scale, 0.5)], -1)
+    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    scale = _storable((high - low) / ((1 << bits) - 1))
+    zero = (-low / scale.float()).round().clamp(0, (1 << bits) - 1).half()
+    return torch.stack([scale, zero], -1)
+
+
+def _storable(scale: torch.Tensor) -> torch.Tensor:
+    return scale.clamp_min(SMALLEST_SCALE).half()
+
+
+def _encode(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: int) -> torch.Tensor:
+    return (values / scale + zero).round_().clamp_(0, most)
+
+
+def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
+    """Cuts the last axis into groups, the last one filled up with zeros."""
+    short = -values.shape[-1] % group_size
+    return pad(values, (0, short)).unflatten(-1, (-1, group_size))
+
+
+def _group_lengths(length: int, group_size: int, device: torch.device) -> torch.Tensor:
+    lengths = torch.full((-(-length // group_size),), float(group_size), device=device)
+    lengths[-1] -= -length % group_size
+    return lengths
+
+
+def _per_value(grid: torch.Tensor, length: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Spreads a grid [..., groups, 2] over its values: scale and zero, float32 [..., length]."""
+    spread = grid.float().repeat_interleave(group_size, -2)[..., :length, :]
+    return spread[..., 0], spread[..., 1]
+
+
+def _numpy(tensor: torch.Tensor) -> np.ndarray:
+    array: np.ndarray = tensor.cpu().numpy()
+    return array

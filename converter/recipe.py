@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Recipes: which bits each singular vector gets, and how a ratio becomes ranks for one matrix shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from deltaweave.converter.errors import RecipeError
+from deltaweave.formats import Band, factored_bytes
+
+__all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "parse_bands", "published_alpha"]
+
+BITS = (1, 2, 3, 4, 8, 16)
+MAX_BANDS = 8
+Rank = int | Literal["*", "full"]
+
+
+@dataclass(frozen=True)
+class BandSpec:
+    """One band as a user writes it: a bit width and a rank, `*` (what the ratio leaves) or `full`."""
+
+    bits: int
+    rank: Rank
+
+    def __str__(self) -> str:
+        return f"{self.bits}:{self.rank}"
+
+
+@dataclass(frozen=True)
+class BandPlan:
+    """The bands of one matrix.
+
+    Attributes:
+        bands: the bands, every rank at least 1.
+        shrunk: whether fixed ranks had to give way to the byte budget.
+    """
+
+    bands: tuple[Band, ...]
+    shrunk: bool = False
+
+    @property
+    def rank(self) -> int:
+        """All ranks together."""
+        return sum(band.rank for band in self.bands)
+
+    def truncated(self, rank: int) -> BandPlan:
+        """The same plan with at most `rank` ranks, cut from the cheap end."""
+        return BandPlan(_cut(self.bands, rank), self.shrunk)
+
+
+class Recipe(BaseModel):
+    """How projections are compressed. Also the schema of a recipe's YAML file.
+
+    Attributes:
+        name: what the model card calls it.
+        bands: by falling singular value; `*` stands for the rank that the ratio leaves, at most once and last.
+        overrides: bands for single kinds of projection (`k_proj`: ...).
+        ratio: budget of every projection as a share of its 16-bit bytes, scales, zeros and sigma included.
+            Bands without a `*` are taken as they are.
+        group_size: codes that share one scale and zero.
+        damping: GPTQ's `percdamp`, relative to the mean of the Hessian's diagonal.
+        activation_order: whether GPTQ visits columns by falling activation energy.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str = "custom"
+    bands: str
+    overrides: dict[str, str] = Field(default_factory=dict)
+    ratio: float = Field(default=1 / 16, gt=0, le=1)
+    group_size: int = Field(default=128, ge=8, le=65536)
+    damping: float = Field(default=0.01, gt=0, lt=1)
+    activation_order: bool = True
+
+    @field_validator("bands")
+    @classmethod
+    def _check_bands(cls, bands: str) -> str:
+        parse_bands(bands)
+        return bands
+
+    @field_validator("overrides")
+    @classmethod
+    def _check_overrides(cls, overrides: dict[str, str]) -> dict[str, str]:
+        for bands in overrides.values():
+            parse_bands(bands)
+        return overrides
+
+    @classmethod
+    def preset(cls, name: str, **options: Any) -> Recipe:
+        """A shipped recipe by name; `options` replace its fields.
+
+        Raises:
+            RecipeError: an unknown name or a bad option.
+        """
+        if name not in PRESETS:
+            raise RecipeError(f"recipe {name!r}: unknown, expected one of {', '.join(PRESETS)} or a YAML file")
+        return cls.checked({"name": name, "bands": PRESETS[name], **options}, f"recipe {name!r}")
+
+    @classmethod
+    def from_yaml(cls, path: str | Path, **options: Any) -> Recipe:
+        """A recipe from a YAML file; `options` replace its fields.
+
+        Raises:
+            RecipeError: naming the file and the key that is wrong.
+        """
+        path = Path(path)
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            raise RecipeError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
+        if not isinstance(content, dict):
+            raise RecipeError(f"{path}: holds {type(content).__name__}, expected keys such as `bands` and `ratio`")
+        return cls.checked({"name": path.stem, **content, **options}, str(path))
+
+    @classmethod
+    def checked(cls, fields: dict[str, Any], where: str) -> Recipe:
+        """Builds a recipe, turning validation errors into one line that starts with `where`."""
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(str(part) for part in first["loc"])
+            raise RecipeError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+
+    @property
+    def lossless(self) -> bool:
+        """Whether projections keep full rank at 16 bits, so that nothing else should be the coarser part."""
+        return not self.overrides and all(spec == BandSpec(16, "full") for spec in parse_bands(self.bands))
+
+    def plan(self, kind: str, shape: tuple[int, int]) -> BandPlan:
+        """Solves the bands of one projection.
+
+        Args:
+            kind: the projection's short name, such as `q_proj`.
+            shape: (out_features, in_features).
+
+        Raises:
+            RecipeError: when not even rank 1 fits the ratio.
+        """
+        specs = parse_bands(self.overrides.get(kind, self.bands))
+        limit = min(shape)
+        if specs[-1].rank != "*":
+            fixed = [_band(spec.bits, limit if spec.rank == "full" else int(spec.rank)) for spec in specs]
+            return BandPlan(_cut(tuple(fixed), limit))
+        budget = self.ratio * 2 * shape[0] * shape[1]
+
+        def fits(bands: tuple[Band, ...]) -> bool:
+            return not bands or factored_bytes(shape, bands, self.group_size).total <= budget
+
+        fixed = [_band(spec.bits, int(spec.rank)) for spec in specs[:-1]]
+        plan = _fill(fixed, specs[-1].bits, limit, fits) if fits(tuple(fixed)) or not fixed else _shrink(fixed, specs[-1].bits, limit, fits)
+        if not plan.bands:
+            need = factored_bytes(shape, (_band(specs[-1].bits, 1),), self.group_size).total
+            raise RecipeError(
+                f"ratio {self.ratio:g}: {kind} of shape {list(shape)} has a budget of {int(budget)} bytes, "
+                f"and rank 1 at {specs[-1].bits} bits takes {need}"
+            )
+        return plan
+
+
+PRESETS = {
+    "triple": "8:2,3:32,2:*",
+    "double": "8:2,3:*",
+    "single": "3:*",
+    "low-rank": "16:*",
+}
+
+
+def parse_bands(text: str) -> list[BandSpec]:
+    """Parses a band list such as `8:2,3:32,2:*`.
+
+    Raises:
+        RecipeError: naming the part that is wrong.
+    """
+    specs = [_parse_band(part.strip(), text) for part in text.split(",")]
+    if len(specs) > MAX_BANDS:
+        raise RecipeError(f"bands {text!r}: {len(specs)} bands, expected at most {MAX_BANDS}")
+    if any(spec.rank in ("*", "full") for spec in specs[:-1]):
+        raise RecipeError(f"bands {text!r}: `*` and `full` may stand in the last band only")
+    return specs
+
+
+def published_alpha(shape: tuple[int, int], bands: tuple[Band, ...]) -> float:
+    """The paper's compression ratio of one matrix: code bits alone over 16-bit weights (arXiv 2406.08903)."""
+    out_features, in_features = shape
+    bits = sum(band.bits * band.rank for band in bands)
+    return bits * (out_features + in_features) / (16 * out_features * in_features)
+
+
+def _parse_band(part: str, text: str) -> BandSpec:
+    match = re.fullmatch(r"(\d{1,2}):(\d{1,6}|\*|full)", part)
+    if not match:
+        raise RecipeError(f"bands {text!r}: {part!r} is not BITS:RANK, BITS:* or BITS:full")
+    bits, rank = int(match[1]), match[2]
+    if bits not in BITS:
+        raise RecipeError(f"bands {text!r}: {bits} bits, expected one of {', '.join(map(str, BITS))}")
+    if rank in ("*", "full"):
+        return BandSpec(bits, "*" if rank == "*" else "full")
+    if int(rank) == 0:
+        raise RecipeError(f"bands {text!r}: rank 0 in {part!r}")
+    return BandSpec(bits, int(rank))
+
+
+def _band(bits: int, rank: int) -> Band:
+    return Band(bits, rank, "none" if bits == 16 else "affine")
+
+
+def _fill(fixed: list[Band], last_bits: int, limit: int, fits: Callable[[tuple[Band, ...]], bool], shrunk: bool = False) -> BandPlan:
+    """Fixed bands, then the largest rank of the last band that still fits."""
+    fixed_bands = _cut(tuple(fixed), limit)
+    most = limit - sum(band.rank for band in fixed_bands)
+    rank = _largest(most, lambda rank: fits((*fixed_bands, _band(last_bits, rank))))
+    return BandPlan((*fixed_bands, _band(last_bits, rank)) if rank else fixed_bands, shrunk)
+
+
+def _shrink(fixed: list[Band], last_bits: int, limit: int, fits: Callable[[tuple[Band, ...]], bool]) -> BandPlan:
+    """Fixed ranks scaled down together until they fit, then the last band takes what is left."""
+    steps = max(band.rank for band in fixed)
+
+    def scaled(step: int) -> list[Band]:
+        ranks = [band.rank * step // steps for band in fixed]
+        return [_band(band.bits, rank) for band, rank in zip(fixed, ranks, strict=True) if rank]
+
+    step = _largest(steps, lambda step: fits(tuple(scaled(step))))
+    return _fill(scaled(step), last_bits, limit, fits, shrunk=True)
+
+
+def _largest(upper: int, fits: Callable[[int], bool]) -> int:
+    """The largest number in [0, upper] that fits, 0 if none does; fitting must be monotone."""
+    low, high = 0, upper
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _cut(bands: tuple[Band, ...], limit: int) -> tuple[Band, ...]:
+    kept: list[Band] = []
+    for band in bands:
+        rank = min(band.rank, limit - sum(earlier.rank for earlier in kept))
+        if rank:
+            kept.append(Band(band.bits, rank, band.grid, band.levels))
+    return tuple(kept)

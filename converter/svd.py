@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Singular value decomposition of a delta through its Gram matrix in float64.
+
+The squared condition number of a Gram matrix costs half the digits, so float64 leaves 8 of 16: relative to the largest
+singular value, sigma is exact to about 1e-8, which is float32's own accuracy (`benchmarks/svd_accuracy.py` measures it
+against `torch.linalg.svd`). The eigenproblem has the size of the shorter side only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+__all__ = ["Factors", "truncated_svd"]
+
+# Below this share of the largest singular value, a direction is rounding noise of the float64 Gram matrix.
+NOISE_FLOOR = 1e-7
+# Columns converted to float64 at a time: bounds the temporary at 64 MiB for a side of 16384.
+CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The leading part of `delta = u @ diag(sigma) @ v`.
+
+    Attributes:
+        u: [out_features, rank] float32, orthonormal columns.
+        sigma: [rank] float32, falling.
+        v: [rank, in_features] float32, orthonormal rows.
+        energy: share of the delta's squared Frobenius norm that these ranks hold, in [0, 1].
+    """
+
+    u: torch.Tensor
+    sigma: torch.Tensor
+    v: torch.Tensor
+    energy: float
+
+    @property
+    def rank(self) -> int:
+        """Number of singular values kept."""
+        return self.sigma.numel()
+
+
+def truncated_svd(delta: torch.Tensor, rank: int) -> Factors:
+    """The `rank` largest singular triplets of a delta, fewer if its numerical rank is lower.
+
+    Args:
+        delta: [out_features, in_features] float32, on any device.
+        rank: number of triplets wanted, at least 1.
+
+    Returns:
+        The factors, with the sign of each pair fixed by the largest entry of its shorter vector, which is positive. Rank 0 for a
+        delta of zeros.
+    """
+    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    eigenvalues, eigenvectors = torch.linalg.eigh(_gram(tall))
+    total = float(eigenvalues.clamp_min(0).sum())
+    eigenvalues, short = eigenvalues.flip(0)[:rank], eigenvectors.flip(1)[:, :rank]
+    if total == 0:
+        return _empty(delta)
+    keep = int((eigenvalues > eigenvalues[0] * NOISE_FLOOR**2).sum())
+    long, sigma = _long_side(tall, short[:, :keep])
+    sign = torch.gather(short[:, :keep], 0, short[:, :keep].abs().argmax(0, keepdim=True)).sign()
+    long, short = long * sign.float(), (short[:, :keep] * sign).float()
+    u, v = (long, short) if delta.shape[0] >= delta.shape[1] else (short, long)
+    energy = min(1.0, float(sigma.double().square().sum()) / total)
+    return Factors(u.contiguous(), sigma, v.T.contiguous(), energy)
+
+
+def _gram(tall: torch.Tensor) -> torch.Tensor:
+    gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=torch.float64, device=tall.device)
+    for piece in tall.split(CHUNK):
+        rows = piece.double()
+        gram.addmm_(rows.T, rows)
+    return gram
+
+
+def _long_side(tall: torch.Tensor, short: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`tall @ short` split into unit columns and their norms, which are the singular values to full accuracy."""
+    long = torch.empty(tall.shape[0], short.shape[1], device=tall.device)
+    squares = torch.zeros(short.shape[1], dtype=torch.float64, device=tall.device)
+    for start in range(0, tall.shape[0], CHUNK):
+        product = tall[start : start + CHUNK].double() @ short
+        squares += product.square().sum(0)
+        long[start : start + CHUNK] = product.float()
+    sigma = squares.sqrt()
+    return long / sigma.float(), sigma.float()
+
+
+def _empty(delta: torch.Tensor) -> Factors:
+    out_features, in_features = delta.shape
+    return Factors(delta.new_zeros(out_features, 0), delta.new_zeros(0), delta.new_zeros(0, in_features), 1.0)

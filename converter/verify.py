@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Checks of a delta against its own checksums, its base, and the fine-tune it stands for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from deltaweave.converter.apply import tuned_names, tuned_tensor
+from deltaweave.converter.checkpoint import Checkpoint
+from deltaweave.converter.plan import Progress, silent
+from deltaweave.formats import Delta
+
+__all__ = ["Check", "verify"]
+
+# A recorded error is a rounded sum over the same numbers, so it must be met closely.
+ERROR_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at.
+
+    Attributes:
+        name: what was checked.
+        passed: whether it holds.
+        detail: what was found, in one line.
+    """
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def verify(
+    path: str | Path, base: str | Path | None = None, tuned: str | Path | None = None, progress: Progress = silent
+) -> Iterator[Check]:
+    """Checks a delta file; yields each result as it is known.
+
+    Args:
+        path: the delta file.
+        base: Hugging Face folder; if given, every tensor's SHA-256 is compared with the header's.
+        tuned: Hugging Face folder; if given (with `base`), every tensor of base + delta is compared with it.
+        progress: told how far the work is.
+
+    Raises:
+        DeltaweaveError: a file that cannot be opened at all.
+    """
+    with Delta.open(path) as delta:
+        yield from _integrity(delta)
+        if base is None:
+            return
+        checkpoint = Checkpoint.open(base)
+        yield from _base(delta, checkpoint, progress)
+        if tuned is not None:
+            yield from _errors(delta, checkpoint, Checkpoint.open(tuned), progress)
+
+
+def _integrity(delta: Delta) -> Iterator[Check]:
+    problems = delta.verify()
+    for problem in problems:
+        yield Check("integrity", False, str(problem))
+    if not problems:
+        yield Check("integrity", True, f"every stored tensor has its checksum ({len(delta.names)} records)")
+
+
+def _base(delta: Delta, base: Checkpoint, progress: Progress) -> Iterator[Check]:
+    expected = delta.header.base
+    found = base.identity(lambda done, total: progress("hashing the base", done, total))
+    if found.root == expected.root:
+        yield Check("base", True, f"{base.folder} is {expected.name}, root {expected.root[:12]}")
+        return
+    names = sorted({*found.tensors, *expected.tensors})
+    wrong = [name for name in names if found.tensors.get(name) != expected.tensors.get(name)]
+    yield Check("base", False, f"{base.folder}: {len(wrong)} of {len(names)} tensors are not {expected.name}'s, first {wrong[0]}")
+
+
+def _errors(delta: Delta, base: Checkpoint, tuned: Checkpoint, progress: Progress) -> Iterator[Check]:
+    """Compares what each record says of its error with what it is."""
+    names = tuned_names(base, delta)
+    missing = sorted({*tuned.names} - {*names} - {*tuned.tied})
+    if missing:
+        yield Check("fine-tune", False, f"{tuned.folder}: base + delta lacks {missing[0]} ({len(missing)} tensors)")
+    worst = 0.0
+    for done, name in enumerate(names):
+        progress("comparing tensors", done, len(names))
+        if name not in tuned:
+            yield Check("fine-tune", False, f"{tuned.folder}: has no tensor {name}")
+            continue
+        error, allowed = _relative_error(delta, base, tuned, name)
+        worst = max(worst, error)
+        if error > allowed:
+            yield Check("fine-tune", False, f"{name}: relative error {error:.3g} of its delta, the file states {allowed:.3g}")
+    yield Check("fine-tune", True, f"{len(names)} tensors compared, largest relative error of a delta {worst:.3g}")
+
+
+def _relative_error(delta: Delta, base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[float, float]:
+    """The Frobenius error over the delta's norm, and what the file allows, rounding to the stored dtype included."""
+    target = tuned.tensor(name).float()
+    value = tuned_tensor(base, delta, name).float()
+    if value.shape != target.shape:
+        return float("inf"), 0.0
+    origin = base.resolve(name)
+    before = base.tensor(origin).float() if origin else torch.zeros(0)
+    change = target - before if before.shape == target.shape else target
+    scale = float(change.norm())
+    error = float((value - target).norm())
+    if scale == 0:
+        return (0.0 if error == 0 else float("inf")), 0.0
+    stated = float(delta.record(name).quality.get("weight_error", 0.0)) if name in delta.names else 0.0
+    rounding = torch.finfo(tuned.dtype(name)).eps * float(target.norm()) / scale
+    return error / scale, (stated**2 + rounding**2) ** 0.5 * (1 + ERROR_TOLERANCE) + 1e-6

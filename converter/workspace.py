@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The folder of an unfinished compression: finished parts, calibration activations, and the options they belong to.
+
+A part's records appear by one rename and are the commit point of that part, so a killed run is resumed by counting
+parts. Activations alternate between two files: while part n is made from one, the input of part n + 1 goes into the
+other, and the rename of part n is what makes it count.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from deltaweave.converter.errors import OutputError, ResumeError
+from deltaweave.formats import Record, load_records, save_records
+
+__all__ = ["OTHERS_PART", "Workspace", "layer_part", "output_folder"]
+
+OPTIONS_FILE = "options.json"
+OTHERS_PART = "others"
+
+
+def layer_part(layer: int) -> str:
+    """The name of a layer's part."""
+    return f"layer-{layer:05d}"
+
+
+class Workspace:
+    """`OUTPUT.partial/` beside the output."""
+
+    def __init__(self, folder: Path, options: Mapping[str, Any], *, restart: bool = False) -> None:
+        """Opens the folder, or makes it.
+
+        Args:
+            folder: where it lies.
+            options: JSON values that decide the output's bytes; unfinished work made with others is refused.
+            restart: discard unfinished work instead.
+
+        Raises:
+            ResumeError: naming the options that changed.
+            OutputError: the folder cannot be made.
+        """
+        self.folder = folder
+        if restart and folder.exists():
+            shutil.rmtree(folder)
+        recorded = self._recorded_options()
+        # Compared as JSON has them, so that tuples and lists are one.
+        wanted = json.loads(json.dumps(options, sort_keys=True))
+        if recorded is None:
+            _make(folder)
+            _write_durably(folder / OPTIONS_FILE, json.dumps(wanted, indent=1, sort_keys=True))
+        elif recorded != wanted:
+            changed = sorted(key for key in {*recorded, *wanted} if recorded.get(key) != wanted.get(key))
+            raise ResumeError(
+                f"{folder}: holds unfinished work with other options ({', '.join(changed)}); "
+                "repeat the first command to finish it, or pass --restart to discard it"
+            )
+
+    def has(self, part: str) -> bool:
+        """Whether a part is finished."""
+        return self._part(part).is_file()
+
+    def save(self, part: str, records: Mapping[str, Record]) -> None:
+        """Commits a part's records."""
+        save_records(self._part(part), records, {})
+
+    def load(self, part: str) -> dict[str, Record]:
+        """A finished part's records, mapped, not read."""
+        records, _ = load_records(self._part(part))
+        return dict(records)
+
+    def activations(self, layer: int) -> Path:
+        """Where the input of a layer lies."""
+        return self.folder / f"activations-{layer % 2}.bin"
+
+    def cached_json(self, name: str) -> Any | None:
+        """A small value kept by `cache_json`, None if there is none."""
+        file = self.folder / name
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+    def cache_json(self, name: str, value: Any) -> None:
+        """Keeps a small value durably."""
+        _write_durably(self.folder / name, json.dumps(value))
+
+    def remove(self) -> None:
+        """Deletes the folder once its contents live in the output."""
+        shutil.rmtree(self.folder)
+
+    def _part(self, part: str) -> Path:
+        return self.folder / f"{part}.safetensors"
+
+    def _recorded_options(self) -> dict[str, Any] | None:
+        file = self.folder / OPTIONS_FILE
+        if not file.is_file():
+            return None
+        recorded: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return recorded
+
+
+def output_folder(output: Path, *, force: bool) -> Path:
+    """Checks early that an output may be written; returns the folder it goes into.
+
+    Raises:
+        OutputError: it exists and `force` is not given, or its folder cannot be made.
+    """
+    if output.is_dir():
+        raise OutputError(f"{output}: is a folder, expected a file name such as delta.safetensors")
+    if output.exists() and not force:
+        raise OutputError(f"{output}: exists (--force replaces it)")
+    _make(output.parent)
+    return output.parent
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be made ({error.strerror})") from error
+
+
+def _write_durably(file: Path, text: str) -> None:
+    temporary = file.with_suffix(".tmp")
+    with temporary.open("w", encoding="utf-8") as handle:
+        handle.write(text)
+        handle.flush()
+        os.fsync(handle.fileno())
+    temporary.replace(file)

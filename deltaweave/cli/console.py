@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command prints with: progress on the error stream, results on the output stream."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from deltaweave.converter import Progress as ProgressFunction
+
+__all__ = ["command_line", "format_bytes", "output", "print_json", "progress_bar", "warn"]
+
+output = Console(highlight=False)
+_errors = Console(stderr=True, highlight=False)
+
+
+@contextmanager
+def progress_bar() -> Iterator[ProgressFunction]:
+    """A bar with the time left for each kind of work that is reported to it."""
+    columns = (TextColumn("{task.description:<26}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+               TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=_errors) as progress:
+        tasks: dict[str, Any] = {}
+
+        def report(description: str, done: float, total: float) -> None:
+            if description not in tasks:
+                for earlier in tasks.values():
+                    progress.update(earlier, completed=progress.tasks[earlier].total)
+                tasks[description] = progress.add_task(description, total=total)
+            progress.update(tasks[description], completed=done, total=total)
+
+        yield report
+        for task in tasks.values():
+            progress.update(task, completed=progress.tasks[task].total)
+
+
+def print_json(value: Any) -> None:
+    """Prints a value for machines."""
+    print(json.dumps(value, indent=2))
+
+
+def warn(message: str) -> None:
+    """Tells a user something that is no error."""
+    _errors.print(f"note: {message}", markup=False)
+
+
+def format_bytes(count: float) -> str:
+    """A byte count for people: 870 MB, 1.2 kB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def command_line() -> str:
+    """The command as it was typed, for model cards and reports."""
+    return "deltaweave " + " ".join(shlex.quote(word) for word in sys.argv[1:])

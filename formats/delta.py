@@ -1,0 +1,247 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading delta files: opening maps and checks the header; records are views of the file until they are used."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaweave.formats.accounting import FileBytes, count_bytes
+from deltaweave.formats.container import Container, parse_json
+from deltaweave.formats.encoding import decode_record, parts_of
+from deltaweave.formats.errors import FormatError
+from deltaweave.formats.fields import Fields
+from deltaweave.formats.header import FORMAT_NAME, FORMAT_VERSION, Header, parse_version
+from deltaweave.formats.identity import root_digest, tensor_digest
+from deltaweave.formats.matrix import padded
+from deltaweave.formats.records import DenseRecord, FactoredRecord, Record, apply_record
+
+__all__ = ["FILES_PREFIX", "Delta", "Problem"]
+
+FILES_PREFIX = "files/"
+INDEX_SUFFIX = ".index.json"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that `Delta.verify` found.
+
+    Attributes:
+        tensor: the stored tensor, or the header's key.
+        message: what is wrong with it.
+    """
+
+    tensor: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.tensor}: {self.message}"
+
+
+class Delta:
+    """A delta file, opened.
+
+    Attributes:
+        path: as it was opened.
+        header: what it is of and how it was made.
+        names: parameters that have a record, in file order.
+    """
+
+    def __init__(self, containers: list[Container], header_text: str, path: Path | str) -> None:
+        """Checks the header and that stored tensors and records fit together; use `open` or `from_bytes`."""
+        self.path = Path(path)
+        self._containers = {name: container for container in containers for name in container.tensors}
+        self._shards = containers
+        fields = _fields(header_text, str(path))
+        self.header = Header.from_json(fields)
+        self._tolerant = fields.tolerant
+        self._entries = fields.object("records")
+        fields.done()
+        self.names = list(self._entries)
+        self._require_all_tensors()
+
+    @classmethod
+    def open(cls, path: str | Path) -> Delta:
+        """Opens a file, or the `.index.json` of a sharded one; costs a header's reading, whatever the size.
+
+        Raises:
+            FormatError: not a delta, damaged, or of a newer major version.
+        """
+        path = Path(path)
+        if path.name.endswith(INDEX_SUFFIX):
+            return _open_sharded(cls, path)
+        container = Container.open(path)
+        return cls([container], _require_format(container), path)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview, path: str = "bytes") -> Delta:
+        """Opens a file held in memory.
+
+        Raises:
+            FormatError: as `open`.
+        """
+        container = Container(memoryview(data), path)
+        return cls([container], _require_format(container), path)
+
+    def __enter__(self) -> Delta:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Lets go of the file; views of it that are still in use keep it mapped."""
+        self._containers, self._shards = {}, []
+
+    def record(self, name: str) -> Record:
+        """One record, as views of the file.
+
+        Raises:
+            FormatError: no such record, or one that is damaged (scales that are not finite included).
+        """
+        if name not in self._entries:
+            raise FormatError(f"{self.path}: has no record {name[:200]}")
+        return decode_record(self._entries[name], name, self._container(name), str(self.path), tolerant=self._tolerant)
+
+    def records(self) -> Iterator[tuple[str, Record]]:
+        """All records in file order."""
+        return ((name, self.record(name)) for name in self.names)
+
+    def dequantize(self, name: str) -> NDArray[np.float32]:
+        """The delta of a parameter, [out_features, in_features] float32.
+
+        A lying file can make this as large as the product of two numbers of its own size; compare the record's
+        shape with the base's first.
+
+        Raises:
+            FormatError: a record that is no delta but a replacement.
+        """
+        record = self.record(name)
+        if not isinstance(record, (FactoredRecord, DenseRecord)):
+            raise FormatError(f"{self.path}: {name} is not stored as a delta; apply_to gives its value")
+        return record.dequantize()
+
+    def apply_to(self, name: str, base: NDArray[np.float32] | None) -> NDArray[np.float32]:
+        """The tuned value of a parameter from the base's (float32); see `apply_record`."""
+        return apply_record(self.record(name), base)
+
+    def file(self, name: str) -> bytes:
+        """The content of a carried file.
+
+        Raises:
+            FormatError: no such file, or one that does not match its digest.
+        """
+        if name not in self.header.files:
+            raise FormatError(f"{self.path}: carries no file {name[:200]}")
+        content = self._file_view(name)
+        if tensor_digest(content) != self.header.files[name].sha256:
+            raise FormatError(f"{self.path}: carried file {name} does not match its digest")
+        return bytes(content)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all shards."""
+        return sum(container.size for container in self._shards)
+
+    def byte_count(self) -> FileBytes:
+        """Where the file's bytes go."""
+        return count_bytes(self)
+
+    def verify(self) -> list[Problem]:
+        """Compares every stored tensor and carried file with its checksum, and decodes every record."""
+        problems = []
+        if root_digest(self.header.base.tensors) != self.header.base.root:
+            problems.append(Problem("base.root", "is not the digest of the base tensors listed"))
+        for name in self.names:
+            problems += self._verify_record(name)
+        for name, file in self.header.files.items():
+            if tensor_digest(self._file_view(name)) != file.sha256:
+                problems.append(Problem(FILES_PREFIX + name, "checksum does not match"))
+        return problems
+
+    def _verify_record(self, name: str) -> Iterator[Problem]:
+        try:
+            self.record(name)
+        except FormatError as error:
+            yield Problem(name, str(error))
+            return
+        for part, digest in self._entries[name]["sha256"].items():
+            if tensor_digest(self._container(name).raw(f"{name}.{part}")) != digest:
+                yield Problem(f"{name}.{part}", "checksum does not match")
+
+    def _file_view(self, name: str) -> memoryview:
+        tensor, size = FILES_PREFIX + name, self.header.files[name].bytes
+        raw = self._containers[tensor].raw(tensor)
+        if len(raw) != padded(size):
+            raise FormatError(f"{self.path}: carried file {name} of {size} bytes is stored in {len(raw)}")
+        return raw[:size]
+
+    def _container(self, name: str) -> Container:
+        """The shard of a record; all parts of one record lie in one shard."""
+        parts = parts_of(self._entries[name]["kind"])
+        return self._containers[f"{name}.{parts[0]}"] if parts else self._shards[0]
+
+    def _require_all_tensors(self) -> None:
+        """Every tensor belongs to one record or carried file, and all of those are there."""
+        expected = {FILES_PREFIX + name for name in self.header.files}
+        for name, entry in self._entries.items():
+            kind = Fields(entry, f"{self.path}: record {name[:200]}", tolerant=True).string("kind")
+            try:
+                expected |= {f"{name}.{part}" for part in parts_of(kind)}
+            except KeyError as error:
+                raise FormatError(f"{self.path}: record {name[:200]} has unknown kind {kind[:60]!r}") from error
+        found = set(self._containers)
+        if expected != found:
+            odd = sorted(expected ^ found)[0]
+            problem = "is missing" if odd in expected else "belongs to no record"
+            raise FormatError(f"{self.path}: tensor {odd[:200]} {problem}")
+
+
+def _require_format(container: Container) -> str:
+    """The header's text, if the container is a delta of a version that can be read."""
+    found = container.metadata.get("format")
+    if found != FORMAT_NAME:
+        raise FormatError(f"{container.path}: format {str(found)[:60]!r}, expected {FORMAT_NAME!r}")
+    if "deltaweave" not in container.metadata:
+        raise FormatError(f"{container.path}: __metadata__ has no deltaweave header")
+    return container.metadata["deltaweave"]
+
+
+def _fields(header_text: str, where: str) -> Fields:
+    # The header is a string inside JSON and may hold lone surrogates there, which no UTF-8 file could.
+    value = parse_json(header_text.encode("utf-8", errors="surrogatepass"), f"{where}: deltaweave header")
+    version = parse_version(Fields(value, f"{where}: header", tolerant=True).string("version"), where)
+    fields = Fields(value, f"{where}: header", tolerant=version > FORMAT_VERSION)
+    fields.choice("format", (FORMAT_NAME,))
+    fields.get("version")
+    return fields
+
+
+def _open_sharded(cls: type[Delta], index_path: Path) -> Delta:
+    """Opens all shards that an index names; each must name the header that the index holds."""
+    try:
+        text = index_path.read_bytes()
+    except OSError as error:
+        raise FormatError(f"{index_path}: not readable ({error.strerror})") from error
+    index = Fields(parse_json(text, str(index_path)), str(index_path), tolerant=True)
+    metadata = index.nested("metadata")
+    header_text = metadata.string("deltaweave")
+    weight_map: dict[str, Any] = index.object("weight_map")
+    digest = tensor_digest(header_text.encode("utf-8", errors="surrogatepass"))
+    containers = []
+    for file in sorted({str(file) for file in weight_map.values()}):
+        if Path(file).name != file or not (index_path.parent / file).is_file():
+            raise FormatError(f"{index_path.parent}: shard {file[:200]} is missing ({index_path.name} lists it)")
+        container = Container.open(index_path.parent / file)
+        if container.metadata.get("header_sha256") != digest:
+            raise FormatError(f"{container.path}: belongs to another index than {index_path.name}")
+        containers.append(container)
+    if not containers:
+        raise FormatError(f"{index_path}: lists no shards")
+    return cls(containers, header_text, index_path)

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The header of a delta: what it is of, how it was made, and where its records are (SPEC.md, "Header")."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from deltaweave.formats.errors import FormatError
+from deltaweave.formats.fields import Fields
+from deltaweave.formats.identity import BaseIdentity, TensorIdentity
+from deltaweave.formats.records import NUMPY_DTYPES
+
+__all__ = ["FORMAT_NAME", "FORMAT_VERSION", "Architecture", "CarriedFile", "Header", "TunedInfo", "is_file_name"]
+
+FORMAT_NAME = "deltaweave.delta"
+FORMAT_VERSION = (1, 0)
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
+
+@dataclass(frozen=True)
+class TunedInfo:
+    """The fine-tune.
+
+    Attributes:
+        name: what it calls itself.
+        revision: of its repository, if known.
+        license: as its model card states it, if it does.
+        dtype: of its parameters: `F32`, `F16` or `BF16`.
+        bytes: of all its tensors.
+    """
+
+    name: str
+    revision: str | None
+    license: str | None
+    dtype: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a reader must know of the model.
+
+    Attributes:
+        model_type: as in its `config.json`.
+        tied: parameters that share another one's storage (alias to owner); they have no record of their own.
+    """
+
+    model_type: str
+    tied: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class CarriedFile:
+    """A file of the tuned folder that travels with the delta.
+
+    Attributes:
+        bytes: its length.
+        sha256: of its content, in hexadecimal.
+    """
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Header:
+    """Everything but the records.
+
+    Attributes:
+        tool: name and version of what wrote the file.
+        base: the checkpoint it belongs to.
+        tuned: the checkpoint it was made from.
+        architecture: of the model.
+        method: JSON object; `name` is required (`delta-come`, `round-to-nearest`, `low-rank`, `bitdelta`), the rest
+            is the recipe.
+        calibration: JSON object describing the data, or None.
+        files: carried files by name; `write_delta` fills it in.
+    """
+
+    tool: str
+    base: BaseIdentity
+    tuned: TunedInfo
+    architecture: Architecture
+    method: Mapping[str, Any]
+    calibration: Mapping[str, Any] | None = None
+    files: Mapping[str, CarriedFile] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The header's JSON object, records left out."""
+        return {
+            "tool": self.tool,
+            "base": asdict(self.base),
+            "tuned": asdict(self.tuned),
+            "architecture": asdict(self.architecture),
+            "method": dict(self.method),
+            "calibration": None if self.calibration is None else dict(self.calibration),
+            "files": {name: asdict(file) for name, file in self.files.items()},
+        }
+
+    @classmethod
+    def from_json(cls, fields: Fields) -> Header:
+        """Reads and checks a header; keys of records and bytes are the caller's.
+
+        Raises:
+            FormatError: naming the key that is wrong.
+        """
+        method = fields.object("method")
+        if not isinstance(method.get("name"), str):
+            fields.fail("method", "has no name")
+        return cls(
+            tool=fields.string("tool"),
+            base=_base(fields.nested("base")),
+            tuned=_tuned(fields.nested("tuned")),
+            architecture=_architecture(fields.nested("architecture")),
+            method=method,
+            calibration=None if fields.get("calibration") is None else fields.object("calibration"),
+            files=_files(fields.nested("files")),
+        )
+
+
+def is_file_name(name: str) -> bool:
+    """Whether a carried file may be called so: a plain name that no reader can be led astray by."""
+    return FILE_NAME.fullmatch(name) is not None
+
+
+def parse_version(text: str, where: str) -> tuple[int, int]:
+    """Major and minor.
+
+    Raises:
+        FormatError: not a version, or a major newer than this reader knows.
+    """
+    match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text)
+    if not match:
+        raise FormatError(f"{where}: version {text[:40]!r}, expected MAJOR.MINOR")
+    major, minor = int(match[1]), int(match[2])
+    if major != FORMAT_VERSION[0]:
+        raise FormatError(f"{where}: format version {major}.{minor}, this reader knows {FORMAT_VERSION[0]}.x")
+    return major, minor
+
+
+def _base(fields: Fields) -> BaseIdentity:
+    tensors = fields.nested("tensors")
+    identity = BaseIdentity(
+        name=fields.string("name"),
+        revision=fields.optional_string("revision"),
+        license=fields.optional_string("license"),
+        root=fields.digest("root"),
+        fingerprint=fields.digest("fingerprint"),
+        tensors={name: _tensor(tensors.nested(name)) for name in tensors.value},
+    )
+    fields.done()
+    return identity
+
+
+def _tensor(fields: Fields) -> TensorIdentity:
+    identity = TensorIdentity(fields.digest("sha256"), fields.string("dtype"), fields.shape("shape"))
+    fields.done()
+    return identity
+
+
+def _tuned(fields: Fields) -> TunedInfo:
+    info = TunedInfo(
+        name=fields.string("name"),
+        revision=fields.optional_string("revision"),
+        license=fields.optional_string("license"),
+        dtype=fields.choice("dtype", NUMPY_DTYPES),
+        bytes=fields.natural("bytes", most=1 << 53),
+    )
+    fields.done()
+    return info
+
+
+def _architecture(fields: Fields) -> Architecture:
+    tied = fields.object("tied")
+    if not all(isinstance(owner, str) for owner in tied.values()):
+        fields.fail("tied", "must map names to names")
+    architecture = Architecture(fields.string("model_type"), tied)
+    fields.done()
+    return architecture
+
+
+def _files(fields: Fields) -> dict[str, CarriedFile]:
+    files = {}
+    for name in fields.value:
+        if not is_file_name(name):
+            fields.fail(name[:60], "not an allowed file name")
+        entry = fields.nested(name)
+        files[name] = CarriedFile(entry.natural("bytes"), entry.digest("sha256"))
+        entry.done()
+    return files

@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A matrix of codes: bands of rows that share a bit width, groups along the row that share a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deltaweave.formats.errors import FormatError
+from deltaweave.formats.packing import CODE_BITS, pack_codes, row_bytes, unpack_codes
+
+__all__ = ["Band", "ByteCount", "GridKind", "PackedBand", "PackedMatrix", "group_count", "padded"]
+
+GridKind = Literal["affine", "codebook", "none"]
+ALIGNMENT = 256
+BAND_ALIGNMENT = 16
+MAX_BANDS = 8
+
+
+@dataclass(frozen=True)
+class Band:
+    """Consecutive rows of one bit width.
+
+    Attributes:
+        bits: 1, 2, 3, 4 or 8 bits a code, or 16 for fp16 values.
+        rank: number of rows, at least 1.
+        grid: `affine`, `codebook`, or `none` for 16 bits.
+        levels: of a codebook, 2^bits numbers; else None.
+    """
+
+    bits: int
+    rank: int
+    grid: GridKind = "affine"
+    levels: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.bits not in (*CODE_BITS, 16):
+            raise FormatError(f"band of {self.bits} bits, expected one of {', '.join(map(str, (*CODE_BITS, 16)))}")
+        if self.rank < 1:
+            raise FormatError(f"band of rank {self.rank}, expected at least 1")
+        if (self.grid == "none") != (self.bits == 16):
+            raise FormatError(f"band of {self.bits} bits with grid {self.grid!r}: 16 bits have grid 'none', all others a grid")
+        if (self.grid == "codebook") != (self.levels is not None):
+            raise FormatError("a codebook band, and no other, has levels")
+        if self.levels is not None and (len(self.levels) != 1 << self.bits or not np.isfinite(self.levels).all()):
+            raise FormatError(f"codebook of {self.bits} bits needs {1 << self.bits} finite levels, has {len(self.levels)}")
+
+
+@dataclass(frozen=True)
+class PackedBand:
+    """The stored form of a band.
+
+    Attributes:
+        band: its bit width and rows.
+        codes: [rank, row_bytes] uint8, or [rank, length] float16 for 16 bits.
+        grid: float16 [rank, groups, 2] of (scale, zero) if affine, [rank, groups] of scales if codebook, None for
+            16 bits; with one group for the whole matrix [2] or [1].
+    """
+
+    band: Band
+    codes: NDArray[np.uint8] | NDArray[np.float16]
+    grid: NDArray[np.float16] | None
+
+    def dequantize(self, length: int, group_size: int | None, group_offset: int) -> NDArray[np.float32]:
+        """[rank, length] float32."""
+        if self.band.bits == 16:
+            return self.codes.astype(np.float32)
+        codes = unpack_codes(self.codes.view(np.uint8), self.band.bits, length)
+        assert self.grid is not None
+        grid = self.grid.astype(np.float32)
+        if group_size is not None:
+            # Groups are spread over their columns once per row; the last one may be short.
+            columns = (np.arange(length) + group_offset) // group_size
+            grid = grid[:, columns]
+        if self.band.levels is not None:
+            levels = np.asarray(self.band.levels, dtype=np.float32)
+            return (grid if grid.shape != (1,) else grid[0]) * levels[codes]
+        values = codes.astype(np.float32)
+        values -= grid[..., 1]
+        values *= grid[..., 0]
+        return values
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Bands of rows of one length.
+
+    Attributes:
+        bands: at least one, at most 8.
+        length: values a row.
+        group_size: values that share a grid entry; None for one entry for a whole band.
+        group_offset: how many values of the first group lie in an earlier shard.
+    """
+
+    bands: tuple[PackedBand, ...]
+    length: int
+    group_size: int | None
+    group_offset: int = 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of all bands."""
+        return sum(piece.band.rank for piece in self.bands)
+
+    def dequantize(self) -> NDArray[np.float32]:
+        """[rows, length] float32."""
+        return np.concatenate([piece.dequantize(self.length, self.group_size, self.group_offset) for piece in self.bands])
+
+    def columns(self, start: int, stop: int) -> PackedMatrix:
+        """The same rows cut to columns [start, stop), as a tensor-parallel shard needs them.
+
+        A group that the cut goes through keeps its grid entry, and `group_offset` says how much of it is missing.
+        """
+        size = self.group_size
+        first = (start + self.group_offset) // size if size else 0
+        last = -(-(stop + self.group_offset) // size) if size else 0
+        pieces = []
+        for piece in self.bands:
+            if piece.band.bits == 16:
+                codes: NDArray[np.uint8] | NDArray[np.float16] = np.ascontiguousarray(piece.codes[:, start:stop])
+            else:
+                whole = unpack_codes(piece.codes.view(np.uint8), piece.band.bits, self.length)
+                codes = pack_codes(whole[:, start:stop], piece.band.bits)
+            grid = piece.grid if piece.grid is None or not size else np.ascontiguousarray(piece.grid[:, first:last])
+            pieces.append(PackedBand(piece.band, codes, grid))
+        return PackedMatrix(tuple(pieces), stop - start, size, (start + self.group_offset) % size if size else 0)
+
+
+@dataclass(frozen=True)
+class ByteCount:
+    """Stored bytes of a record.
+
+    Attributes:
+        codes: bits of codes and fp16 values, rows rounded up to whole bytes.
+        grids: scales and zeros.
+        sigma: singular values.
+        padding: between bands and behind tensors.
+    """
+
+    codes: int = 0
+    grids: int = 0
+    sigma: int = 0
+    padding: int = 0
+
+    @property
+    def total(self) -> int:
+        """All bytes in the file's data section."""
+        return self.codes + self.grids + self.sigma + self.padding
+
+    def __add__(self, other: ByteCount) -> ByteCount:
+        return ByteCount(
+            self.codes + other.codes, self.grids + other.grids, self.sigma + other.sigma, self.padding + other.padding
+        )
+
+
+def group_count(length: int, group_size: int, group_offset: int = 0) -> int:
+    """Grid entries of a row."""
+    return -(-(length + group_offset) // group_size)
+
+
+def padded(count: int, alignment: int = ALIGNMENT) -> int:
+    """`count` rounded up to a multiple of `alignment`."""
+    return -(-count // alignment) * alignment
+
+
+def grid_entries(band: Band, length: int, group_size: int | None, group_offset: int = 0) -> int:
+    """fp16 numbers in a band's grid."""
+    if band.grid == "none":
+        return 0
+    entries = 1 if group_size is None else band.rank * group_count(length, group_size, group_offset)
+    return entries * (2 if band.grid == "affine" else 1)
+
+
+def matrix_bytes(bands: Sequence[Band], length: int, group_size: int | None, group_offset: int = 0) -> ByteCount:
+    """Stored bytes of a matrix: its codes tensor and its grid tensor."""
+    codes = sum(band.rank * row_bytes(band.bits, length) for band in bands)
+    stored = 0
+    for band in bands:
+        stored = padded(stored, BAND_ALIGNMENT) + band.rank * row_bytes(band.bits, length)
+    grids = 2 * sum(grid_entries(band, length, group_size, group_offset) for band in bands)
+    return ByteCount(codes=codes, grids=grids, padding=padded(stored) - codes + padded(grids) - grids)
