@@ -5,21 +5,33 @@ from deltaweave.converter.apply import apply, require_base, tuned_names, tuned_t
 from deltaweave.converter.bitdelta import BitDeltaOptions, compress_bitdelta
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.compress import compress
-from deltaweave.converter.errors import CalibrationError, CheckpointError, OutputError, RecipeError, ResumeError
+from deltaweave.converter.errors import (
+    CalibrationError,
+    CheckpointError,
+    OutputError,
+    RecipeError,
+    ResumeError,
+)
 from deltaweave.converter.estimate import Estimate, estimate
-from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progress, plan_compression
-from deltaweave.converter.policies import Policies
+from deltaweave.converter.plan import (
+    CompressionOptions,
+    CompressionPlan,
+    Progress,
+    plan_compression,
+)
+from deltaweave.converter.policies import EmbeddingPolicy, Policies
 from deltaweave.converter.recipe import Recipe, published_alpha
 from deltaweave.converter.verify import Check, verify
 
 __all__ = [
     "BitDeltaOptions",
-    "Check",
     "CalibrationError",
+    "Check",
     "Checkpoint",
     "CheckpointError",
     "CompressionOptions",
     "CompressionPlan",
+    "EmbeddingPolicy",
     "Estimate",
     "OutputError",
     "Policies",

@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
-
 from deltaweave.converter.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint
 from deltaweave.converter.errors import CheckpointError, OutputError
 from deltaweave.converter.plan import Progress, silent
 from deltaweave.formats import Delta, ReplaceRecord
+from safetensors.torch import save_file
 
 __all__ = ["apply", "require_base", "tuned_names", "tuned_tensor"]
 
@@ -100,7 +99,9 @@ def tuned_tensor(base: Checkpoint, delta: Delta, name: str) -> torch.Tensor:
         return torch.from_numpy(record.values.to_float32()).to(DTYPES[record.values.dtype])
     before = base.tensor(origin).float().numpy() if origin else None
     if before is not None and before.shape[1:] != tuple(record.shape[1:]):
-        raise CheckpointError(f"{base.folder}: {name} has shape {list(before.shape)}, {delta.path} expects {list(record.shape)}")
+        raise CheckpointError(
+            f"{base.folder}: {name} has shape {list(before.shape)}, {delta.path} expects {list(record.shape)}"
+        )
     return torch.from_numpy(delta.apply_to(name, before)).to(dtype)
 
 
@@ -112,7 +113,8 @@ def _write_weights(base: Checkpoint, delta: Delta, folder: Path, progress: Progr
     if len(shards) == 1:
         (folder / _shard_name(1)).rename(folder / SINGLE_FILE)
         return
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for number, names in enumerate(shards, 1):
         final = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         total += (folder / _shard_name(number)).stat().st_size

@@ -9,15 +9,11 @@ with, not to be streamed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn.functional import linear, mse_loss
-from transformers import AutoModelForCausalLM
-
 from deltaweave.converter.calibration import CalibrationData
 from deltaweave.converter.checkpoint import require_finite
 from deltaweave.converter.families import Projection
@@ -26,6 +22,9 @@ from deltaweave.converter.plan import NO_CALIBRATION, CompressionPlan, Progress,
 from deltaweave.converter.policies import Policies, other_record
 from deltaweave.converter.workspace import output_folder
 from deltaweave.formats import Band, DenseRecord, PackedBand, PackedMatrix, Record, pack_codes
+from torch import nn
+from torch.nn.functional import linear, mse_loss
+from transformers import AutoModelForCausalLM
 
 __all__ = ["BitDeltaOptions", "compress_bitdelta"]
 
@@ -52,7 +51,7 @@ class BitDeltaOptions:
     sequence_length: int = 128
     learning_rate: float = 1e-2
     seed: int = 0
-    policies: Policies = Policies()
+    policies: Policies = field(default_factory=Policies)
 
 
 def compress_bitdelta(
@@ -87,7 +86,11 @@ def compress_bitdelta(
         record = other_record(plan.base, plan.tuned, name, options.policies, OTHERS_GROUP_SIZE)
         if record is not None:
             records[name] = record
-    method = {"name": "bitdelta", "steps": options.steps if calibration else 0, "seed": options.seed}
+    method = {
+        "name": "bitdelta",
+        "steps": options.steps if calibration else 0,
+        "seed": options.seed,
+    }
     identity = plan.base.identity(lambda done, total: progress("hashing the base", done, total))
     package(output, plan, records, identity, method, calibration, force=force, command=command)
     return output
@@ -113,7 +116,13 @@ def _record(delta: torch.Tensor, scale: torch.Tensor) -> Record:
 class _SignedLinear(nn.Module):
     """The base's projection plus a scaled sign matrix; only the scale learns."""
 
-    def __init__(self, base: torch.Tensor, delta: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        base: torch.Tensor,
+        delta: torch.Tensor,
+        scale: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> None:
         super().__init__()
         self.base, self.bias = base, bias
         self.sign = torch.where(delta > 0, 1.0, -1.0)
@@ -152,12 +161,15 @@ def _distilled(
 
 
 def _install(
-    student: nn.Module, plan: CompressionPlan, deltas: dict[str, torch.Tensor], scales: dict[str, torch.Tensor]
+    student: nn.Module,
+    plan: CompressionPlan,
+    deltas: dict[str, torch.Tensor],
+    scales: dict[str, torch.Tensor],
 ) -> dict[str, _SignedLinear]:
     layers = {}
     for name, delta in deltas.items():
         module = name.removesuffix(".weight")
-        bias = student.get_submodule(module).bias
+        bias = getattr(student.get_submodule(module), "bias")  # noqa: B009 - a Linear's, which nn.Module does not declare
         layers[name] = _SignedLinear(plan.base.tensor(name).float(), delta, scales[name], bias)
         student.set_submodule(module, layers[name])
     return layers

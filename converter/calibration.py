@@ -6,7 +6,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -14,13 +15,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from deltaweave.converter.checkpoint import EMBEDDING, Checkpoint
+from deltaweave.converter.errors import CalibrationError, CheckpointError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from deltaweave.converter.checkpoint import EMBEDDING, Checkpoint
-from deltaweave.converter.errors import CalibrationError, CheckpointError
-
-__all__ = ["Activations", "BlockStream", "CalibrationData", "compute_dtype", "default_sequence_length"]
+__all__ = [
+    "Activations",
+    "BlockStream",
+    "CalibrationData",
+    "compute_dtype",
+    "default_sequence_length",
+]
 
 DEFAULT_TEXT = "default"
 # Tokens per forward: bounds what one block's intermediate activations may take.
@@ -42,7 +48,14 @@ class CalibrationData:
     sha256: str
 
     @classmethod
-    def load(cls, source: str | Path, tokenizer_folder: Path, samples: int, sequence_length: int, seed: int) -> CalibrationData:
+    def load(
+        cls,
+        source: str | Path,
+        tokenizer_folder: Path,
+        samples: int,
+        sequence_length: int,
+        seed: int,
+    ) -> CalibrationData:
         """Reads a text, tokenizes it and draws windows at random places.
 
         Args:
@@ -181,39 +194,47 @@ class BlockStream:
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
 
-    def second_moment(self, layer: int, module: str, inputs: Activations) -> Iterator[torch.Tensor]:
-        """Accumulates 2/n X X^T of one projection's inputs over all sequences.
+    def second_moment(
+        self, layer: int, module: str, inputs: Activations, report: Callable[[int], None] | None = None
+    ) -> torch.Tensor:
+        """2/n X X^T of one projection's inputs over all n sequences, [in_features, in_features] float32.
 
-        Yields the running sum [in_features, in_features] float32 after each chunk; the last one is the Hessian.
         The forward stops at the projection, whose predecessors in the block already hold compressed weights.
+
+        Args:
+            layer: a loaded block.
+            module: the projection's name inside it.
+            inputs: the block's input.
+            report: told after each piece of `inputs` how many are done.
         """
         projection = self._blocks[layer].get_submodule(module)
-        captured: list[torch.Tensor] = []
+        total: torch.Tensor | None = None
 
-        def stop(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            captured.append(arguments[0])
+        def accumulate(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            nonlocal total
+            x = arguments[0].flatten(0, -2).float()
+            if total is None:
+                total = torch.zeros(x.shape[1], x.shape[1], device=self.device)
+            total.addmm_(x.T, x, alpha=2 / inputs.shape[0])
             raise _InputSeen
 
-        total: torch.Tensor | None = None
-        handle = projection.register_forward_pre_hook(stop)
+        handle = projection.register_forward_pre_hook(accumulate)
         try:
-            for _, hidden in inputs.chunks(self.device):
-                try:
+            for done, (_, hidden) in enumerate(inputs.chunks(self.device)):
+                with suppress(_InputSeen):
                     self.forward(layer, hidden)
-                except _InputSeen:
-                    x = captured.pop().flatten(0, -2).float()
-                if total is None:
-                    total = torch.zeros(x.shape[1], x.shape[1], device=self.device)
-                total.addmm_(x.T, x, alpha=2 / inputs.shape[0])
-                yield total
+                if report:
+                    report(done + 1)
         finally:
             handle.remove()
+        assert total is not None
+        return total
 
     def _record(self, config: Any, sequence_length: int) -> list[dict[str, Any]]:
         """The keyword arguments that each block receives for an unpadded sequence."""
         blocks, norm = self._decoder.layers, self._decoder.norm
-        recorders = nn.ModuleList(_Recorder() for _ in blocks)
-        self._decoder.layers, self._decoder.norm = recorders, nn.Identity()
+        recorders = [_Recorder() for _ in blocks]
+        self._decoder.layers, self._decoder.norm = nn.ModuleList(recorders), nn.Identity()
         self._decoder.rotary_emb = type(self._decoder.rotary_emb)(config=config).to(self.device)
         embeddings = torch.zeros(1, sequence_length, config.hidden_size, dtype=self.dtype, device=self.device)
         with torch.no_grad():
@@ -255,7 +276,11 @@ def _documents(content: bytes, name: str, tokenizer: Any) -> list[str]:
         raise CalibrationError(f"{name}: not UTF-8 at byte {error.start}") from error
     if not name.endswith(".jsonl"):
         return [text]
-    return [_document(line, f"{name}:{number}", tokenizer) for number, line in enumerate(text.splitlines(), 1) if line.strip()]
+    return [
+        _document(line, f"{name}:{number}", tokenizer)
+        for number, line in enumerate(text.splitlines(), 1)
+        if line.strip()
+    ]
 
 
 def _document(line: str, where: str, tokenizer: Any) -> str:

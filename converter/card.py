@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from deltaweave.formats import Delta
 
@@ -18,7 +20,7 @@ tags: [deltaweave, delta-compression]
 
 # {title}
 
-A {method} delta of **{tuned}** over **{base}**, made by {tool}. It holds no copy of the base: base + delta is the fine-tune.
+A {method} delta of **{tuned}** over **{base}**, made by {tool}. Base + delta is the fine-tune.
 
 | | |
 |---|---|
@@ -84,7 +86,7 @@ def ratio_text(part: int, whole: int) -> str:
     return f"1/{whole / part:.2f}" if part else "0"
 
 
-def _calibration_text(calibration: dict[str, object] | None) -> str:
+def _calibration_text(calibration: Mapping[str, Any] | None) -> str:
     if calibration is None:
         return "none (round to nearest)"
     return "{samples} sequences of {sequence_length} tokens from {source}, SHA-256 `{sha256}`".format(**calibration)

@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-
 from deltaweave.converter.errors import CheckpointError
-from deltaweave.formats import BaseIdentity, Container, TensorIdentity, root_digest
-from deltaweave.formats import sampled_fingerprint, tensor_digest
+from deltaweave.formats import (
+    BaseIdentity,
+    Container,
+    ExactDtype,
+    TensorIdentity,
+    root_digest,
+    sampled_fingerprint,
+    tensor_digest,
+)
+from safetensors import SafetensorError, safe_open
 
 __all__ = ["Checkpoint", "require_finite"]
 
@@ -23,7 +29,7 @@ INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
-STORED_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+STORED_NAMES: dict[torch.dtype, ExactDtype] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -197,8 +203,10 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         return _indexed_files(folder, index)
     single = folder / SINGLE_FILE
     if not single.is_file():
-        raise CheckpointError(f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE} (only safetensors weights are read)")
-    return {name: single for name in _open_shard(single).keys()}  # noqa: SIM118
+        raise CheckpointError(
+            f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE} (only safetensors weights are read)"
+        )
+    return dict.fromkeys(_open_shard(single).keys(), single)
 
 
 def _indexed_files(folder: Path, index: Path) -> dict[str, Path]:

@@ -8,17 +8,28 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-
-from deltaweave.converter.calibration import Activations, BlockStream, CalibrationData, default_sequence_length
+from deltaweave.converter.calibration import (
+    Activations,
+    BlockStream,
+    CalibrationData,
+    default_sequence_length,
+)
 from deltaweave.converter.checkpoint import require_finite
 from deltaweave.converter.families import Projection
 from deltaweave.converter.packaging import package
-from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progress, plan_compression, resume_key, silent
+from deltaweave.converter.plan import (
+    CompressionOptions,
+    CompressionPlan,
+    Progress,
+    plan_compression,
+    resume_key,
+    silent,
+)
 from deltaweave.converter.policies import other_record
 from deltaweave.converter.projection import compress_stage
 from deltaweave.converter.workspace import OTHERS_PART, Workspace, layer_part, output_folder
 from deltaweave.formats import BaseIdentity, Record, TensorIdentity
+from torch import nn
 
 __all__ = ["compress"]
 
@@ -67,7 +78,13 @@ def compress(
 class _Compression:
     """One run of `compress`."""
 
-    def __init__(self, plan: CompressionPlan, options: CompressionOptions, workspace: Workspace, progress: Progress) -> None:
+    def __init__(
+        self,
+        plan: CompressionPlan,
+        options: CompressionOptions,
+        workspace: Workspace,
+        progress: Progress,
+    ) -> None:
         self.plan, self.options, self.workspace, self.progress = plan, options, workspace, progress
         self.device = options.torch_device
 
@@ -80,7 +97,16 @@ class _Compression:
             self._layers_with_data(first, calibration)
         self._others()
         identity = self._base_identity()
-        package(output, self.plan, self._records(), identity, self._method(), calibration, force=force, command=command)
+        package(
+            output,
+            self.plan,
+            self._records(),
+            identity,
+            self._method(),
+            calibration,
+            force=force,
+            command=command,
+        )
         self.workspace.remove()
         return output
 
@@ -147,20 +173,30 @@ class _Compression:
                 records |= found
                 self._install(block, stage, deltas)
             if layer + 1 < len(layers):
-                inputs = self._propagate(stream, layer, inputs, Activations(self.workspace.activations(layer + 1), shape, stream.dtype))
+                inputs = self._propagate(
+                    stream,
+                    layer,
+                    inputs,
+                    Activations(self.workspace.activations(layer + 1), shape, stream.dtype),
+                )
             self.workspace.save(layer_part(layer), records)
             stream.unload(layer)
 
-    def _second_moment(self, stream: BlockStream, stage: list[Projection], inputs: Activations, step: int) -> torch.Tensor:
-        layer, steps = stage[0].layer, len(self.plan.layers[0])
-        pieces = inputs.pieces(self.device)
-        hessian = torch.empty(0)
-        for done, hessian in enumerate(stream.second_moment(layer, stage[0].module, inputs)):
-            # A stage's share of its layer is taken as equal; half of it goes to the data, half to SVD and GPTQ.
-            self.progress("compressing", layer + (step + 0.5 * done / pieces) / (steps + 1), len(self.plan.layers))
-        return hessian
+    def _second_moment(
+        self, stream: BlockStream, stage: list[Projection], inputs: Activations, step: int
+    ) -> torch.Tensor:
+        layer, steps, pieces = stage[0].layer, len(self.plan.layers[0]), inputs.pieces(self.device)
 
-    def _compress(self, stage: list[Projection], hessian: torch.Tensor | None) -> tuple[dict[str, Record], list[torch.Tensor]]:
+        def report(done: int) -> None:
+            # A stage's share of its layer is taken as equal; half of it goes to the data, half to SVD and GPTQ.
+            part = (step + 0.5 * done / pieces) / (steps + 1)
+            self.progress("compressing", layer + part, len(self.plan.layers))
+
+        return stream.second_moment(layer, stage[0].module, inputs, report)
+
+    def _compress(
+        self, stage: list[Projection], hessian: torch.Tensor | None
+    ) -> tuple[dict[str, Record], list[torch.Tensor]]:
         deltas = [self._delta(projection) for projection in stage]
         bands = [self.plan.bands[projection.weight] for projection in stage]
         results = compress_stage(deltas, bands, hessian, self.options.recipe)
@@ -175,11 +211,12 @@ class _Compression:
         return tuned - base.float()
 
     def _install(self, block: nn.Module, stage: list[Projection], deltas: list[torch.Tensor]) -> None:
-        """Gives the block the weights that will be served, so that later stages are calibrated on what they will see."""
+        """Gives the block the weights that will be served, so that later stages are calibrated behind them."""
         for projection, delta in zip(stage, deltas, strict=True):
             base = self.plan.base.tensor(projection.weight).to(self.device).float()
             module = block.get_submodule(projection.module)
-            module.weight = nn.Parameter((base + delta).to(module.weight.dtype), requires_grad=False)
+            served = (base + delta).to(next(module.parameters()).dtype)
+            module.weight = nn.Parameter(served, requires_grad=False)
 
     def _propagate(self, stream: BlockStream, layer: int, inputs: Activations, outputs: Activations) -> Activations:
         steps, pieces = len(self.plan.layers[0]), inputs.pieces(self.device)

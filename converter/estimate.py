@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a compression will cost, before it starts: time from counted operations and measured rates, memory, disk, size."""
+"""What a compression will cost: time from counted operations and measured rates, memory, disk, size."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import time
 from dataclasses import dataclass
 
 import torch
-
 from deltaweave.converter.calibration import CHUNK_TOKENS, compute_dtype, default_sequence_length
 from deltaweave.converter.checkpoint import EMBEDDING
 from deltaweave.converter.families import Projection
@@ -50,7 +49,10 @@ def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
     projections = sum(
         factored_bytes(p.shape, plan.bands[p.weight].bands, options.recipe.group_size).total for p in plan.projections
     )
-    others = sum(other_bytes(plan.base, plan.tuned, name, options.effective_policies, options.recipe.group_size) for name in plan.others)
+    others = sum(
+        other_bytes(plan.base, plan.tuned, name, options.effective_policies, options.recipe.group_size)
+        for name in plan.others
+    )
     activations = 2 * _activation_bytes(plan, options) if options.calibrated else 0
     return Estimate(
         seconds=_seconds(plan, options),
@@ -110,7 +112,7 @@ def _gptq_operations(plan: CompressionPlan, stage: list[Projection]) -> float:
 
 
 def _forward_operations(plan: CompressionPlan) -> float:
-    """Per token: each stage's data needs the block up to it, the next layer's the whole block; attention comes on top."""
+    """Per token: each stage's data needs the block up to it, the next layer's the whole block."""
     total = 0.0
     for layer in plan.layers:
         sizes = [sum(2.0 * p.shape[0] * p.shape[1] for p in stage) for stage in layer]
@@ -145,4 +147,3 @@ def _rate(dtype: torch.dtype, device: torch.device) -> float:
         float((matrix @ matrix)[0, 0])
         seconds.append(time.perf_counter() - start)
     return 2 * RATE_SIZE**3 / min(seconds)
-

@@ -57,8 +57,10 @@ class Family:
         missing = self.missing(checkpoint, layers)
         if missing:
             raise CheckpointError(f"{checkpoint.folder}: {_not_found(missing)}")
-        return [[[self._projection(checkpoint, layer, module) for module in stage] for stage in self.stages]
-                for layer in range(layers)]
+        return [
+            [[self._projection(checkpoint, layer, module) for module in stage] for stage in self.stages]
+            for layer in range(layers)
+        ]
 
     def missing(self, checkpoint: Checkpoint, layers: int) -> list[str]:
         """Projection weights that the checkpoint lacks."""
@@ -72,7 +74,9 @@ class Family:
         weight = self._weight(layer, module)
         shape = checkpoint.shape(weight)
         if len(shape) != 2:
-            raise CheckpointError(f"{checkpoint.folder}: {weight} has shape {shape}, expected [out_features, in_features]")
+            raise CheckpointError(
+                f"{checkpoint.folder}: {weight} has shape {shape}, expected [out_features, in_features]"
+            )
         return Projection(weight, module, layer, (shape[0], shape[1]))
 
 

@@ -80,7 +80,12 @@ def _calibration_info(calibration: CalibrationData | None) -> dict[str, Any] | N
     if calibration is None:
         return None
     samples, length = calibration.tokens.shape
-    return {"source": calibration.source, "sha256": calibration.sha256, "samples": samples, "sequence_length": length}
+    return {
+        "source": calibration.source,
+        "sha256": calibration.sha256,
+        "samples": samples,
+        "sequence_length": length,
+    }
 
 
 def _carried_files(plan: CompressionPlan) -> dict[str, bytes]:

@@ -10,14 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.errors import CheckpointError
 from deltaweave.converter.families import Projection, family_of
 from deltaweave.converter.policies import Policies
 from deltaweave.converter.recipe import BandPlan, Recipe
 
-__all__ = ["NO_CALIBRATION", "CompressionOptions", "CompressionPlan", "Progress", "open_pair", "plan_compression", "resume_key", "silent"]
+__all__ = [
+    "NO_CALIBRATION",
+    "CompressionOptions",
+    "CompressionPlan",
+    "Progress",
+    "open_pair",
+    "plan_compression",
+    "resume_key",
+    "silent",
+]
 
 Progress = Callable[[str, float, float], None]
 """Called with (what is being done, work done, work in all)."""

@@ -8,11 +8,26 @@ from typing import Literal
 
 import numpy as np
 import torch
-
-from deltaweave.converter.checkpoint import EMBEDDING, HEAD, STORED_NAMES, Checkpoint, require_finite
+from deltaweave.converter.checkpoint import (
+    EMBEDDING,
+    HEAD,
+    STORED_NAMES,
+    Checkpoint,
+    require_finite,
+)
 from deltaweave.converter.quantize import round_to_nearest
-from deltaweave.formats import BaseRecord, DenseRecord, ExactArray, PackedBand, PackedMatrix
-from deltaweave.formats import Band, Record, ReplaceRecord, RowsRecord, dense_bytes
+from deltaweave.formats import (
+    Band,
+    BaseRecord,
+    DenseRecord,
+    ExactArray,
+    PackedBand,
+    PackedMatrix,
+    Record,
+    ReplaceRecord,
+    RowsRecord,
+    dense_bytes,
+)
 
 __all__ = ["EmbeddingPolicy", "Policies", "other_bytes", "other_record"]
 

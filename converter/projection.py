@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delta-CoMe on the projections of one stage (arXiv 2406.08903): SVD, then V and U quantized with their own Hessians."""
+"""Delta-CoMe on the projections of one stage (arXiv 2406.08903): SVD, then V and U quantized in turn."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-
 from deltaweave.converter.gptq import gptq
-from deltaweave.converter.quantize import QuantizedRows, VectorsAsColumns, VectorsAsRows, bits_of_ranks, round_to_nearest
+from deltaweave.converter.quantize import (
+    QuantizedRows,
+    VectorsAsColumns,
+    VectorsAsRows,
+    bits_of_ranks,
+    round_to_nearest,
+)
 from deltaweave.converter.recipe import BandPlan, Recipe
 from deltaweave.converter.svd import Factors, truncated_svd
 from deltaweave.formats import FactoredRecord
@@ -63,7 +68,10 @@ def compress_stage(
 
 
 def _quantize_v(
-    factors: Sequence[Factors], plans: Sequence[BandPlan], hessian: torch.Tensor | None, recipe: Recipe
+    factors: Sequence[Factors],
+    plans: Sequence[BandPlan],
+    hessian: torch.Tensor | None,
+    recipe: Recipe,
 ) -> list[QuantizedRows]:
     """V of all projections at once: their rows are independent and share the Hessian, so one pass serves all."""
     vectors = torch.cat([factor.v for factor in factors])
@@ -72,7 +80,13 @@ def _quantize_v(
         together = round_to_nearest(vectors, bits, recipe.group_size)
     else:
         quantizer = VectorsAsRows(vectors, bits, recipe.group_size)
-        gptq(vectors, hessian.clone(), quantizer, damping=recipe.damping, activation_order=recipe.activation_order)
+        gptq(
+            vectors,
+            hessian.clone(),
+            quantizer,
+            damping=recipe.damping,
+            activation_order=recipe.activation_order,
+        )
         together = quantizer.result
     ends = torch.tensor([factor.rank for factor in factors]).cumsum(0).tolist()
     return [together[end - factor.rank : end] for factor, end in zip(factors, ends, strict=True)]
@@ -88,7 +102,13 @@ def _quantize_u(
     basis = factor.sigma[:, None] * v.values
     quantizer = VectorsAsColumns(factor.u.shape[0], bits, recipe.group_size, factor.u.device)
     u_hessian = basis @ hessian @ basis.T
-    gptq(factor.u, u_hessian, quantizer, damping=recipe.damping, activation_order=recipe.activation_order)
+    gptq(
+        factor.u,
+        u_hessian,
+        quantizer,
+        damping=recipe.damping,
+        activation_order=recipe.activation_order,
+    )
     return quantizer.result
 
 

@@ -12,11 +12,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from deltaweave.formats import Band, PackedBand, PackedMatrix, pack_codes
 from torch.nn.functional import pad
 
-from deltaweave.formats import Band, PackedBand, PackedMatrix, pack_codes
-
-__all__ = ["QuantizedRows", "VectorsAsColumns", "VectorsAsRows", "bits_of_ranks", "round_to_nearest"]
+__all__ = [
+    "QuantizedRows",
+    "VectorsAsColumns",
+    "VectorsAsRows",
+    "bits_of_ranks",
+    "round_to_nearest",
+]
 
 SMALLEST_SCALE = 2.0**-24  # the least positive fp16
 
@@ -77,13 +82,18 @@ def round_to_nearest(vectors: torch.Tensor, bits: torch.Tensor, group_size: int)
         bits: [rank] int64.
         group_size: values per grid.
     """
-    result = QuantizedRows.empty(*vectors.shape, group_size, vectors.device)
+    rank, length = vectors.shape
+    result = QuantizedRows.empty(rank, length, group_size, vectors.device)
     for width in bits.unique().tolist():
         rows = (bits == width).nonzero().flatten().to(vectors.device)
         if width == 16:
             result.values[rows] = vectors[rows].half().float()
             continue
-        grid = _fit_grid(_grouped(vectors[rows], group_size), _group_lengths(vectors.shape[1], group_size, vectors.device), width)
+        grid = _fit_grid(
+            _grouped(vectors[rows], group_size),
+            _group_lengths(vectors.shape[1], group_size, vectors.device),
+            width,
+        )
         scale, zero = _per_value(grid, vectors.shape[1], group_size)
         codes = _encode(vectors[rows], scale, zero, (1 << width) - 1)
         result.codes[rows], result.grid[rows] = codes.to(torch.uint8), grid
@@ -92,7 +102,7 @@ def round_to_nearest(vectors: torch.Tensor, bits: torch.Tensor, group_size: int)
 
 
 class VectorsAsRows:
-    """V in GPTQ: vectors are rows, grids are fixed beforehand in natural column order, whatever order GPTQ visits in."""
+    """V in GPTQ: vectors are rows, grids are fixed beforehand in natural order, whatever order GPTQ visits in."""
 
     def __init__(self, vectors: torch.Tensor, bits: torch.Tensor, group_size: int) -> None:
         """Fits the grids of `vectors` [rank, length] float32 with `bits` [rank]."""
@@ -161,7 +171,8 @@ def _encode(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most:
 def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
     """Cuts the last axis into groups, the last one filled up with zeros."""
     short = -values.shape[-1] % group_size
-    return pad(values, (0, short)).unflatten(-1, (-1, group_size))
+    groups: torch.Tensor = pad(values, (0, short)).unflatten(-1, (-1, group_size))
+    return groups
 
 
 def _group_lengths(length: int, group_size: int, device: torch.device) -> torch.Tensor:

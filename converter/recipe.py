@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
 from deltaweave.converter.errors import RecipeError
 from deltaweave.formats import Band, factored_bytes
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 __all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "parse_bands", "published_alpha"]
 
@@ -155,7 +154,11 @@ class Recipe(BaseModel):
             return not bands or factored_bytes(shape, bands, self.group_size).total <= budget
 
         fixed = [_band(spec.bits, int(spec.rank)) for spec in specs[:-1]]
-        plan = _fill(fixed, specs[-1].bits, limit, fits) if fits(tuple(fixed)) or not fixed else _shrink(fixed, specs[-1].bits, limit, fits)
+        plan = (
+            _fill(fixed, specs[-1].bits, limit, fits)
+            if fits(tuple(fixed)) or not fixed
+            else _shrink(fixed, specs[-1].bits, limit, fits)
+        )
         if not plan.bands:
             need = factored_bytes(shape, (_band(specs[-1].bits, 1),), self.group_size).total
             raise RecipeError(
@@ -212,7 +215,13 @@ def _band(bits: int, rank: int) -> Band:
     return Band(bits, rank, "none" if bits == 16 else "affine")
 
 
-def _fill(fixed: list[Band], last_bits: int, limit: int, fits: Callable[[tuple[Band, ...]], bool], shrunk: bool = False) -> BandPlan:
+def _fill(
+    fixed: list[Band],
+    last_bits: int,
+    limit: int,
+    fits: Callable[[tuple[Band, ...]], bool],
+    shrunk: bool = False,
+) -> BandPlan:
     """Fixed bands, then the largest rank of the last band that still fits."""
     fixed_bands = _cut(tuple(fixed), limit)
     most = limit - sum(band.rank for band in fixed_bands)

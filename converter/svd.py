@@ -50,8 +50,7 @@ def truncated_svd(delta: torch.Tensor, rank: int) -> Factors:
         rank: number of triplets wanted, at least 1.
 
     Returns:
-        The factors, with the sign of each pair fixed by the largest entry of its shorter vector, which is positive. Rank 0 for a
-        delta of zeros.
+        The factors; the largest entry of each pair's shorter vector is positive. Rank 0 for a delta of zeros.
     """
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     eigenvalues, eigenvectors = torch.linalg.eigh(_gram(tall))

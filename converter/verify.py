@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
 from deltaweave.converter.apply import tuned_names, tuned_tensor
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.plan import Progress, silent
@@ -36,7 +35,10 @@ class Check:
 
 
 def verify(
-    path: str | Path, base: str | Path | None = None, tuned: str | Path | None = None, progress: Progress = silent
+    path: str | Path,
+    base: str | Path | None = None,
+    tuned: str | Path | None = None,
+    progress: Progress = silent,
 ) -> Iterator[Check]:
     """Checks a delta file; yields each result as it is known.
 
@@ -75,7 +77,11 @@ def _base(delta: Delta, base: Checkpoint, progress: Progress) -> Iterator[Check]
         return
     names = sorted({*found.tensors, *expected.tensors})
     wrong = [name for name in names if found.tensors.get(name) != expected.tensors.get(name)]
-    yield Check("base", False, f"{base.folder}: {len(wrong)} of {len(names)} tensors are not {expected.name}'s, first {wrong[0]}")
+    yield Check(
+        "base",
+        False,
+        f"{base.folder}: {len(wrong)} of {len(names)} tensors are not {expected.name}'s, first {wrong[0]}",
+    )
 
 
 def _errors(delta: Delta, base: Checkpoint, tuned: Checkpoint, progress: Progress) -> Iterator[Check]:
@@ -83,7 +89,11 @@ def _errors(delta: Delta, base: Checkpoint, tuned: Checkpoint, progress: Progres
     names = tuned_names(base, delta)
     missing = sorted({*tuned.names} - {*names} - {*tuned.tied})
     if missing:
-        yield Check("fine-tune", False, f"{tuned.folder}: base + delta lacks {missing[0]} ({len(missing)} tensors)")
+        yield Check(
+            "fine-tune",
+            False,
+            f"{tuned.folder}: base + delta lacks {missing[0]} ({len(missing)} tensors)",
+        )
     worst = 0.0
     for done, name in enumerate(names):
         progress("comparing tensors", done, len(names))
@@ -93,8 +103,16 @@ def _errors(delta: Delta, base: Checkpoint, tuned: Checkpoint, progress: Progres
         error, allowed = _relative_error(delta, base, tuned, name)
         worst = max(worst, error)
         if error > allowed:
-            yield Check("fine-tune", False, f"{name}: relative error {error:.3g} of its delta, the file states {allowed:.3g}")
-    yield Check("fine-tune", True, f"{len(names)} tensors compared, largest relative error of a delta {worst:.3g}")
+            yield Check(
+                "fine-tune",
+                False,
+                f"{name}: relative error {error:.3g} of its delta, the file states {allowed:.3g}",
+            )
+    yield Check(
+        "fine-tune",
+        True,
+        f"{len(names)} tensors compared, largest relative error of a delta {worst:.3g}",
+    )
 
 
 def _relative_error(delta: Delta, base: Checkpoint, tuned: Checkpoint, name: str) -> tuple[float, float]:

@@ -6,8 +6,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deltaweave.converter import published_alpha
-from deltaweave.formats import BaseRecord, DenseRecord, Delta, FactoredRecord, Record, ReplaceRecord, RowsRecord
-from deltaweave.formats import dense_bytes, factored_bytes
+from deltaweave.formats import (
+    BaseRecord,
+    Delta,
+    DenseRecord,
+    FactoredRecord,
+    Record,
+    ReplaceRecord,
+    RowsRecord,
+    dense_bytes,
+    factored_bytes,
+)
 
 __all__ = ["RecordSummary", "summarize"]
 
@@ -67,7 +76,9 @@ def _summary(name: str, record: Record) -> RecordSummary:
     )
 
 
-def _describe(record: Record) -> tuple[str, tuple[int, ...], tuple[tuple[int, int], ...], int, float | None]:
+def _describe(
+    record: Record,
+) -> tuple[str, tuple[int, ...], tuple[tuple[int, int], ...], int, float | None]:
     if isinstance(record, FactoredRecord):
         bands = tuple(piece.band for piece in record.v.bands)
         size = factored_bytes(record.shape, bands, record.v.group_size or 0).total

@@ -6,13 +6,20 @@ from deltaweave.formats.container import Container, TensorEntry
 from deltaweave.formats.delta import Delta, Problem
 from deltaweave.formats.errors import DeltaweaveError, FormatError
 from deltaweave.formats.header import FORMAT_VERSION, Architecture, CarriedFile, Header, TunedInfo
-from deltaweave.formats.identity import BaseIdentity, TensorIdentity, root_digest, sampled_fingerprint, tensor_digest
+from deltaweave.formats.identity import (
+    BaseIdentity,
+    TensorIdentity,
+    root_digest,
+    sampled_fingerprint,
+    tensor_digest,
+)
 from deltaweave.formats.matrix import Band, ByteCount, PackedBand, PackedMatrix
 from deltaweave.formats.packing import CODE_BITS, pack_codes, row_bytes, unpack_codes
 from deltaweave.formats.records import (
     BaseRecord,
     DenseRecord,
     ExactArray,
+    ExactDtype,
     FactoredRecord,
     Record,
     ReplaceRecord,
@@ -38,6 +45,7 @@ __all__ = [
     "DeltaweaveError",
     "DenseRecord",
     "ExactArray",
+    "ExactDtype",
     "FactoredRecord",
     "FileBytes",
     "FormatError",

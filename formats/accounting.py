@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from deltaweave.formats.matrix import ByteCount, matrix_bytes, padded
-from deltaweave.formats.records import DenseRecord, FactoredRecord, Record, ReplaceRecord, RowsRecord
+from deltaweave.formats.records import (
+    DenseRecord,
+    FactoredRecord,
+    Record,
+    ReplaceRecord,
+    RowsRecord,
+)
 
 if TYPE_CHECKING:
     from deltaweave.formats.delta import Delta

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
+from deltaweave.formats.errors import DeltaweaveError, FormatError
 from numpy.typing import NDArray
 
-from deltaweave.formats.errors import DeltaweaveError, FormatError
-
-__all__ = ["Container", "TensorEntry", "parse_json", "write_atomically", "write_container"]
+__all__ = ["Container", "TensorEntry", "parse_json", "write_atomically", "write_container", "write_pieces"]
 
 # As in the safetensors library: no honest header is larger.
 MAX_HEADER = 100 * 1000 * 1000
@@ -94,7 +93,13 @@ class Container:
             raise FormatError(f"{self.path}: tensor {name} has dtype {entry.dtype}, expected {dtype}")
         if len(entry.shape) != 1:
             raise FormatError(f"{self.path}: tensor {name} has {len(entry.shape)} dimensions, expected 1")
-        numpy_dtype = {"U8": np.uint8, "F16": np.float16, "BF16": np.uint16, "F32": np.float32, "I32": np.int32}[dtype]
+        numpy_dtype = {
+            "U8": np.uint8,
+            "F16": np.float16,
+            "BF16": np.uint16,
+            "F32": np.float32,
+            "I32": np.int32,
+        }[dtype]
         return np.frombuffer(self._data[entry.start : entry.stop], dtype=np.dtype(numpy_dtype).newbyteorder("<"))
 
     def _entry(self, name: str) -> TensorEntry:
@@ -203,11 +208,14 @@ def write_container(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: M
         position += array.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    pieces: Iterable[Any] = (memoryview(np.ascontiguousarray(array)).cast("B") for array in tensors.values() if array.nbytes)
-    write_atomically(path, lambda write: _write_pieces(write, [len(text).to_bytes(8, "little"), text], pieces))
+    pieces: Iterable[Any] = (
+        np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in tensors.values() if array.nbytes
+    )
+    write_atomically(path, lambda write: write_pieces(write, [len(text).to_bytes(8, "little"), text], pieces))
 
 
-def _write_pieces(write: Callable[[Any], object], head: list[bytes], pieces: Iterable[Any]) -> None:
+def write_pieces(write: Callable[[Any], object], head: list[bytes], pieces: Iterable[Any]) -> None:
+    """Hands all bytes to `write` in turn."""
     for piece in head:
         write(piece)
     for piece in pieces:

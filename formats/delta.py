@@ -10,8 +10,6 @@ from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from deltaweave.formats.accounting import FileBytes, count_bytes
 from deltaweave.formats.container import Container, parse_json
 from deltaweave.formats.encoding import decode_record, parts_of
@@ -21,6 +19,7 @@ from deltaweave.formats.header import FORMAT_NAME, FORMAT_VERSION, Header, parse
 from deltaweave.formats.identity import root_digest, tensor_digest
 from deltaweave.formats.matrix import padded
 from deltaweave.formats.records import DenseRecord, FactoredRecord, Record, apply_record
+from numpy.typing import NDArray
 
 __all__ = ["FILES_PREFIX", "Delta", "Problem"]
 
@@ -92,7 +91,12 @@ class Delta:
     def __enter__(self) -> Delta:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -107,7 +111,13 @@ class Delta:
         """
         if name not in self._entries:
             raise FormatError(f"{self.path}: has no record {name[:200]}")
-        return decode_record(self._entries[name], name, self._container(name), str(self.path), tolerant=self._tolerant)
+        return decode_record(
+            self._entries[name],
+            name,
+            self._container(name),
+            str(self.path),
+            tolerant=self._tolerant,
+        )
 
     def records(self) -> Iterator[tuple[str, Record]]:
         """All records in file order."""

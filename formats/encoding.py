@@ -7,17 +7,35 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
 from deltaweave.formats.container import Container
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.fields import Fields
 from deltaweave.formats.identity import tensor_digest
-from deltaweave.formats.matrix import ALIGNMENT, BAND_ALIGNMENT, MAX_BANDS, Band, PackedBand, PackedMatrix
-from deltaweave.formats.matrix import grid_entries, group_count, matrix_bytes, padded
+from deltaweave.formats.matrix import (
+    ALIGNMENT,
+    BAND_ALIGNMENT,
+    MAX_BANDS,
+    MAX_GROUP_SIZE,
+    Band,
+    PackedBand,
+    PackedMatrix,
+    grid_entries,
+    group_count,
+    matrix_bytes,
+    padded,
+)
 from deltaweave.formats.packing import CODE_BITS, row_bytes
-from deltaweave.formats.records import NUMPY_DTYPES, BaseRecord, DenseRecord, ExactArray, FactoredRecord
-from deltaweave.formats.records import Record, ReplaceRecord, RowsRecord
+from deltaweave.formats.records import (
+    NUMPY_DTYPES,
+    BaseRecord,
+    DenseRecord,
+    ExactArray,
+    FactoredRecord,
+    Record,
+    ReplaceRecord,
+    RowsRecord,
+)
+from numpy.typing import NDArray
 
 __all__ = ["decode_record", "encode_record", "parts_of"]
 
@@ -107,7 +125,12 @@ def _encode_dense(record: DenseRecord) -> tuple[dict[str, Any], dict[str, Array]
 
 
 def _encode_rows(record: RowsRecord) -> tuple[dict[str, Any], dict[str, Array]]:
-    entry = {"kind": "rows", "shape": list(record.shape), "rows": len(record.indices), "dtype": record.values.dtype}
+    entry = {
+        "kind": "rows",
+        "shape": list(record.shape),
+        "rows": len(record.indices),
+        "dtype": record.values.dtype,
+    }
     return entry, {"indices": record.indices, "values": record.values.data}
 
 
@@ -150,7 +173,9 @@ def _codes(matrix: PackedMatrix) -> NDArray[np.uint8]:
         stored = np.ascontiguousarray(piece.codes).reshape(-1).view(np.uint8)
         expected = piece.band.rank * row_bytes(piece.band.bits, matrix.length)
         if stored.nbytes != expected:
-            raise FormatError(f"band of {piece.band.bits} bits holds {stored.nbytes} bytes of codes, expected {expected}")
+            raise FormatError(
+                f"band of {piece.band.bits} bits holds {stored.nbytes} bytes of codes, expected {expected}"
+            )
         pieces += [np.zeros(gap, np.uint8), stored]
         position += gap + stored.nbytes
     return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
@@ -185,7 +210,7 @@ def _stored(container: Container, tensor: str, dtype: str) -> Array:
 def _decode_factored(fields: Fields, stored: Stored) -> FactoredRecord:
     out_features, in_features = fields.shape("shape", 2)
     bands = _decode_bands(fields)
-    size = fields.natural("group_size", least=1)
+    size = fields.natural("group_size", least=1, most=MAX_GROUP_SIZE)
     v_offset = fields.natural("v_group_offset", most=size - 1)
     u_offset = fields.natural("u_group_offset", most=size - 1)
     rank = sum(band.rank for band in bands)
@@ -201,7 +226,7 @@ def _decode_dense(fields: Fields, stored: Stored) -> DenseRecord:
     rows, columns = fields.shape("shape", 2)
     bands = _decode_bands(fields)
     whole = fields.get("group_size") is None
-    size = None if whole else fields.natural("group_size", least=1)
+    size = None if whole else fields.natural("group_size", least=1, most=MAX_GROUP_SIZE)
     offset = fields.natural("group_offset", most=size - 1 if size else 0)
     if len(bands) != 1 or bands[0].rank != rows or bands[0].bits == 16:
         fields.fail("bands", f"expected one band of {rows} rows and 1 to 8 bits")
@@ -253,14 +278,21 @@ def _decode_bands(fields: Fields) -> list[Band]:
 
 
 def _decode_matrix(
-    fields: Fields, bands: list[Band], length: int, size: int | None, offset: int, stored: Stored, prefix: str
+    fields: Fields,
+    bands: list[Band],
+    length: int,
+    size: int | None,
+    offset: int,
+    stored: Stored,
+    prefix: str,
 ) -> PackedMatrix:
     """Views of one codes tensor and one grid tensor; their lengths must be exactly what bands and length imply."""
     count = matrix_bytes(bands, length, size, offset)
     codes, grid = stored(prefix + "codes", "U8"), stored(prefix + "grid", "F16")
     if codes.nbytes + grid.nbytes != count.total or grid.nbytes != padded(count.grids):
         fields.fail(
-            prefix + "codes", f"{codes.nbytes} bytes of codes and {grid.nbytes} of grids, expected {count.total} together"
+            prefix + "codes",
+            f"{codes.nbytes} bytes of codes and {grid.nbytes} of grids, expected {count.total} together",
         )
     if not np.isfinite(grid).all():
         fields.fail(prefix + "grid", "has a scale or zero that is not finite")
@@ -298,5 +330,8 @@ def _decode_values(fields: Fields, shape: tuple[int, ...], stored: Stored) -> Ex
 def _exactly(fields: Fields, array: Array, count: int, part: str) -> Array:
     """The first `count` values of a padded tensor whose length must be just what padding makes of `count`."""
     if array.nbytes != padded(count * array.itemsize):
-        fields.fail(part, f"{array.nbytes} bytes stored, {count} values take {padded(count * array.itemsize)}")
+        fields.fail(
+            part,
+            f"{array.nbytes} bytes stored, {count} values take {padded(count * array.itemsize)}",
+        )
     return array[:count]

@@ -82,8 +82,11 @@ class Fields:
         value = self.get(key)
         if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_EXTENT for item in value):
             self.fail(key, f"expected a list of integers in [0, {MAX_EXTENT}]")
-        if dimensions is not None and len(value) != dimensions or len(value) > 16:
-            self.fail(key, f"{len(value)} dimensions, expected {dimensions if dimensions is not None else 'at most 16'}")
+        if (dimensions is not None and len(value) != dimensions) or len(value) > 16:
+            self.fail(
+                key,
+                f"{len(value)} dimensions, expected {dimensions if dimensions is not None else 'at most 16'}",
+            )
         return tuple(value)
 
     def numbers(self, key: str) -> tuple[float, ...]:

@@ -13,7 +13,15 @@ from deltaweave.formats.fields import Fields
 from deltaweave.formats.identity import BaseIdentity, TensorIdentity
 from deltaweave.formats.records import NUMPY_DTYPES
 
-__all__ = ["FORMAT_NAME", "FORMAT_VERSION", "Architecture", "CarriedFile", "Header", "TunedInfo", "is_file_name"]
+__all__ = [
+    "FORMAT_NAME",
+    "FORMAT_VERSION",
+    "Architecture",
+    "CarriedFile",
+    "Header",
+    "TunedInfo",
+    "is_file_name",
+]
 
 FORMAT_NAME = "deltaweave.delta"
 FORMAT_VERSION = (1, 0)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which base a delta belongs to: a digest of every tensor, a root over all, and a fingerprint that is cheap to check."""
+"""Which base a delta belongs to: a digest of every tensor, a root over all, a fingerprint cheap to check."""
 
 from __future__ import annotations
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
-
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.packing import CODE_BITS, pack_codes, row_bytes, unpack_codes
+from numpy.typing import NDArray
 
 __all__ = ["Band", "ByteCount", "GridKind", "PackedBand", "PackedMatrix", "group_count", "padded"]
 
@@ -19,6 +18,9 @@ GridKind = Literal["affine", "codebook", "none"]
 ALIGNMENT = 256
 BAND_ALIGNMENT = 16
 MAX_BANDS = 8
+MAX_GROUP_SIZE = 1 << 16
+# Values dequantized at a time: 1 MiB of float32.
+BLOCK_VALUES = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,15 @@ class Band:
         if self.rank < 1:
             raise FormatError(f"band of rank {self.rank}, expected at least 1")
         if (self.grid == "none") != (self.bits == 16):
-            raise FormatError(f"band of {self.bits} bits with grid {self.grid!r}: 16 bits have grid 'none', all others a grid")
+            raise FormatError(
+                f"band of {self.bits} bits with grid {self.grid!r}: 16 bits have grid 'none', all others a grid"
+            )
         if (self.grid == "codebook") != (self.levels is not None):
             raise FormatError("a codebook band, and no other, has levels")
         if self.levels is not None and (len(self.levels) != 1 << self.bits or not np.isfinite(self.levels).all()):
-            raise FormatError(f"codebook of {self.bits} bits needs {1 << self.bits} finite levels, has {len(self.levels)}")
+            raise FormatError(
+                f"codebook of {self.bits} bits needs {1 << self.bits} finite levels, has {len(self.levels)}"
+            )
 
 
 @dataclass(frozen=True)
@@ -62,23 +68,45 @@ class PackedBand:
     """
 
     band: Band
-    codes: NDArray[np.uint8] | NDArray[np.float16]
+    codes: NDArray[Any]
     grid: NDArray[np.float16] | None
 
-    def dequantize(self, length: int, group_size: int | None, group_offset: int) -> NDArray[np.float32]:
-        """[rank, length] float32."""
-        if self.band.bits == 16:
-            return self.codes.astype(np.float32)
-        codes = unpack_codes(self.codes.view(np.uint8), self.band.bits, length)
-        assert self.grid is not None
-        grid = self.grid.astype(np.float32)
-        if group_size is not None:
-            # Groups are spread over their columns once per row; the last one may be short.
-            columns = (np.arange(length) + group_offset) // group_size
-            grid = grid[:, columns]
+    def dequantize_into(self, values: NDArray[np.float32], group_size: int | None, group_offset: int) -> None:
+        """Writes the band's values [rank, length] float32, a block of rows at a time so that each stays in cache."""
+        rank, length = values.shape
+        width = length if group_size is None else group_size * group_count(length, group_size, group_offset)
+        step = max(1, BLOCK_VALUES // max(1, width))
+        for start in range(0, rank, step):
+            rows = slice(start, min(start + step, rank))
+            if self.band.bits == 16:
+                values[rows] = self.codes[rows]
+                continue
+            assert self.grid is not None
+            grid = (self.grid if group_size is None else self.grid[rows]).astype(np.float32)
+            codes = unpack_codes(self.codes[rows].view(np.uint8), self.band.bits, length)
+            values[rows] = self._block(codes, grid, group_size, group_offset)
+
+    def _block(
+        self,
+        codes: NDArray[np.uint8],
+        grid: NDArray[np.float32],
+        group_size: int | None,
+        group_offset: int,
+    ) -> NDArray[np.float32]:
+        """Values of a few rows: whole groups side by side, so that the grid broadcasts instead of being spread."""
+        rows, length = codes.shape
+        if group_size is None:
+            return self._values(codes, grid)
+        groups = group_count(length, group_size, group_offset)
+        whole = np.zeros((rows, groups * group_size), dtype=np.uint8)
+        whole[:, group_offset : group_offset + length] = codes
+        values = self._values(whole.reshape(rows, groups, group_size), grid[:, :, None])
+        return values.reshape(rows, -1)[:, group_offset : group_offset + length]
+
+    def _values(self, codes: NDArray[np.uint8], grid: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Codes to values; the grid is shaped to broadcast over them, with (scale, zero) last if it is affine."""
         if self.band.levels is not None:
-            levels = np.asarray(self.band.levels, dtype=np.float32)
-            return (grid if grid.shape != (1,) else grid[0]) * levels[codes]
+            return grid * np.asarray(self.band.levels, dtype=np.float32)[codes]
         values = codes.astype(np.float32)
         values -= grid[..., 1]
         values *= grid[..., 0]
@@ -108,7 +136,13 @@ class PackedMatrix:
 
     def dequantize(self) -> NDArray[np.float32]:
         """[rows, length] float32."""
-        return np.concatenate([piece.dequantize(self.length, self.group_size, self.group_offset) for piece in self.bands])
+        values = np.empty((self.rows, self.length), dtype=np.float32)
+        start = 0
+        for piece in self.bands:
+            stop = start + piece.band.rank
+            piece.dequantize_into(values[start:stop], self.group_size, self.group_offset)
+            start = stop
+        return values
 
     def columns(self, start: int, stop: int) -> PackedMatrix:
         """The same rows cut to columns [start, stop), as a tensor-parallel shard needs them.
@@ -121,7 +155,7 @@ class PackedMatrix:
         pieces = []
         for piece in self.bands:
             if piece.band.bits == 16:
-                codes: NDArray[np.uint8] | NDArray[np.float16] = np.ascontiguousarray(piece.codes[:, start:stop])
+                codes: NDArray[Any] = np.ascontiguousarray(piece.codes[:, start:stop])
             else:
                 whole = unpack_codes(piece.codes.view(np.uint8), piece.band.bits, self.length)
                 codes = pack_codes(whole[:, start:stop], piece.band.bits)
@@ -153,7 +187,10 @@ class ByteCount:
 
     def __add__(self, other: ByteCount) -> ByteCount:
         return ByteCount(
-            self.codes + other.codes, self.grids + other.grids, self.sigma + other.sigma, self.padding + other.padding
+            self.codes + other.codes,
+            self.grids + other.grids,
+            self.sigma + other.sigma,
+            self.padding + other.padding,
         )
 
 

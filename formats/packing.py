@@ -66,7 +66,7 @@ def unpack_codes(packed: NDArray[np.uint8], bits: int, length: int) -> NDArray[n
 
 
 def _pack_block(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:
-    """Eight codes fill `bits` bytes exactly, so every byte is an OR of shifted codes at fixed places among the eight."""
+    """Eight codes fill `bits` bytes exactly, so every byte is an OR of codes at fixed shifts."""
     rows, length = codes.shape
     padded = np.zeros((rows, -(-length // 8), 8), dtype=np.uint8)
     padded.reshape(rows, -1)[:, :length] = codes

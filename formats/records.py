@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file says of one parameter: a factored or dense delta, changed rows, a replaced value, or nothing but a policy."""
+"""What a file says of one parameter: a factored or dense delta, changed rows, a value, or a policy."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
-from numpy.typing import NDArray
-
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.matrix import Band, ByteCount, PackedMatrix, matrix_bytes, padded
+from numpy.typing import NDArray
 
 __all__ = [
     "BaseRecord",
     "DenseRecord",
     "ExactArray",
+    "ExactDtype",
     "FactoredRecord",
     "Record",
     "ReplaceRecord",
@@ -28,7 +28,11 @@ __all__ = [
 ]
 
 ExactDtype = Literal["F32", "F16", "BF16"]
-NUMPY_DTYPES: dict[str, type[np.generic]] = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+NUMPY_DTYPES: dict[str, type[np.generic]] = {
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": np.uint16,
+}
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,9 @@ class ExactArray:
 
     def __post_init__(self) -> None:
         if self.data.dtype != NUMPY_DTYPES[self.dtype]:
-            raise FormatError(f"array of {self.data.dtype} as {self.dtype}, expected {NUMPY_DTYPES[self.dtype].__name__}")
+            raise FormatError(
+                f"array of {self.data.dtype} as {self.dtype}, expected {NUMPY_DTYPES[self.dtype].__name__}"
+            )
 
     def to_float32(self) -> NDArray[np.float32]:
         """The values in float32, exactly."""
@@ -119,7 +125,9 @@ class DenseRecord:
 
     def __post_init__(self) -> None:
         if (self.matrix.rows, self.matrix.length) != self.shape or len(self.matrix.bands) != 1:
-            raise FormatError(f"dense record of shape {self.shape} needs one band of {self.shape[0]} rows of {self.shape[1]}")
+            raise FormatError(
+                f"dense record of shape {self.shape} needs one band of {self.shape[0]} rows of {self.shape[1]}"
+            )
 
     def dequantize(self) -> NDArray[np.float32]:
         """The delta, [rows, columns] float32."""
@@ -144,9 +152,13 @@ class RowsRecord:
 
     def __post_init__(self) -> None:
         if self.values.data.shape != (len(self.indices), self.shape[1]):
-            raise FormatError(f"rows record has {len(self.indices)} indices and values of shape {self.values.data.shape}")
+            raise FormatError(
+                f"rows record has {len(self.indices)} indices and values of shape {self.values.data.shape}"
+            )
         if len(self.indices) and (
-            self.indices[0] < 0 or self.indices[-1] >= self.shape[0] or (np.diff(self.indices.astype(np.int64)) <= 0).any()
+            self.indices[0] < 0
+            or self.indices[-1] >= self.shape[0]
+            or (np.diff(self.indices.astype(np.int64)) <= 0).any()
         ):
             raise FormatError(f"row indices must rise strictly within [0, {self.shape[0]})")
 
@@ -227,10 +239,18 @@ def shard(record: FactoredRecord, axis: Literal["out", "in"], start: int, stop: 
     """
     if axis == "out":
         return FactoredRecord(
-            (stop - start, record.shape[1]), record.u.columns(start, stop), record.v, record.sigma, record.quality
+            (stop - start, record.shape[1]),
+            record.u.columns(start, stop),
+            record.v,
+            record.sigma,
+            record.quality,
         )
     return FactoredRecord(
-        (record.shape[0], stop - start), record.u, record.v.columns(start, stop), record.sigma, record.quality
+        (record.shape[0], stop - start),
+        record.u,
+        record.v.columns(start, stop),
+        record.sigma,
+        record.quality,
     )
 
 
@@ -244,5 +264,3 @@ def factored_bytes(shape: tuple[int, int], bands: Sequence[Band], group_size: in
 def dense_bytes(shape: tuple[int, int], bits: int, group_size: int | None) -> ByteCount:
     """Stored bytes of a dense record with an affine grid, without building it."""
     return matrix_bytes([Band(bits, shape[0])], shape[1], group_size)
-
-

@@ -10,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-
-from deltaweave.formats.container import Container, parse_json, write_atomically, write_container
+from deltaweave.formats.container import Container, parse_json, write_atomically, write_container, write_pieces
 from deltaweave.formats.delta import FILES_PREFIX
 from deltaweave.formats.encoding import decode_record, encode_record
 from deltaweave.formats.errors import DeltaweaveError, FormatError
@@ -21,6 +19,7 @@ from deltaweave.formats.header import FORMAT_NAME, FORMAT_VERSION, CarriedFile, 
 from deltaweave.formats.identity import tensor_digest
 from deltaweave.formats.matrix import ALIGNMENT
 from deltaweave.formats.records import Record
+from numpy.typing import NDArray
 
 __all__ = ["load_records", "save_records", "write_delta"]
 
@@ -75,7 +74,8 @@ def write_delta(
 
 def save_records(path: str | Path, records: Mapping[str, Record], metadata: Mapping[str, Any]) -> None:
     """Keeps records in a file of its own, atomically and durably; `load_records` gives them back."""
-    entries, tensors = {}, {}
+    entries: dict[str, Any] = {}
+    tensors: Tensors = {}
     for name, record in records.items():
         entries[name], stored = _named(name, record)
         tensors |= stored
@@ -94,7 +94,9 @@ def load_records(path: str | Path) -> tuple[dict[str, Record], dict[str, Any]]:
         raise FormatError(f"{path}: not a file of records")
     fields = Fields(parse_json(container.metadata["deltaweave"].encode(), str(path)), str(path))
     entries = fields.object("records")
-    records = {name: decode_record(entry, name, container, str(path), tolerant=False) for name, entry in entries.items()}
+    records = {
+        name: decode_record(entry, name, container, str(path), tolerant=False) for name, entry in entries.items()
+    }
     return records, fields.object("metadata")
 
 
@@ -107,7 +109,10 @@ def _named(name: str, record: Record) -> tuple[dict[str, Any], Tensors]:
 
 
 def _shards(
-    records: Mapping[str, Record], files: Mapping[str, bytes], entries: dict[str, Any], most: int | None
+    records: Mapping[str, Record],
+    files: Mapping[str, bytes],
+    entries: dict[str, Any],
+    most: int | None,
 ) -> Iterator[Tensors]:
     """Tensors shard by shard; fills in `entries` on the way."""
     shard: Tensors = {}
@@ -163,7 +168,7 @@ def _write_shards(path: Path, index_path: Path, shards: list[Tensors], text: str
         total = sum(array.nbytes for tensors in shards for array in tensors.values())
         index = {"metadata": {"total_size": total, "deltaweave": text}, "weight_map": weight_map}
         encoded = json.dumps(index, ensure_ascii=False, indent=1).encode()
-        write_atomically(index_path, lambda write: write(encoded))
+        write_atomically(index_path, lambda write: write_pieces(write, [encoded], []))
     except BaseException:
         for file in written:
             file.unlink(missing_ok=True)

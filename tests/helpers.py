@@ -35,18 +35,19 @@ def tiny_checkpoint(
     dtype: torch.dtype = torch.bfloat16,
     sharded: bool = False,
     layers: int = 2,
+    hidden: int = 64,
     seed: int = 0,
 ) -> Path:
-    """Writes a random model of `family` (hidden 64, 4 heads over 2 KV heads, MLP 160) and returns its folder."""
+    """Writes a random model of `family` (4 heads over 2 KV heads, MLP of 2.5 times `hidden`) and returns its folder."""
     tokenizer = tiny_tokenizer()
     config = AutoConfig.for_model(
         family,
-        hidden_size=64,
-        intermediate_size=160,
+        hidden_size=hidden,
+        intermediate_size=hidden * 5 // 2,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=hidden // 4,
         vocab_size=len(tokenizer),
         max_position_embeddings=256,
         tie_word_embeddings=tied,
@@ -58,7 +59,7 @@ def tiny_checkpoint(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, parameter in model.named_parameters():
+        for parameter in model.parameters():
             if parameter.ndim == 1:  # norms start at one and biases at zero: give both something to carry
                 parameter.data += 0.1 * torch.randn_like(parameter)
     model.to(dtype).save_pretrained(folder, max_shard_size="100KB" if sharded else "1GB")
@@ -66,7 +67,15 @@ def tiny_checkpoint(
     return folder
 
 
-def perturbed(base: Path, folder: Path, *, scale: float = 0.3, embeddings: bool = True, added_tokens: int = 0, seed: int = 1) -> Path:
+def perturbed(
+    base: Path,
+    folder: Path,
+    *,
+    scale: float = 0.3,
+    embeddings: bool = True,
+    added_tokens: int = 0,
+    seed: int = 1,
+) -> Path:
     """Writes a full fine-tune of `base`: every projection changed with a decaying spectrum, norms and biases too.
 
     Args:

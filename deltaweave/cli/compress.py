@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,14 @@ import torch
 import typer
 from rich.table import Table
 
-from deltaweave.cli.console import command_line, format_bytes, output, print_json, progress_bar, warn
+from deltaweave.cli.console import (
+    command_line,
+    format_bytes,
+    output,
+    print_json,
+    progress_bar,
+    warn,
+)
 from deltaweave.cli.inspect import print_totals, totals
 from deltaweave.converter import (
     BitDeltaOptions,
@@ -25,7 +33,6 @@ from deltaweave.converter import (
     compress,
     compress_bitdelta,
     estimate,
-    free_disk,
     plan_compression,
 )
 from deltaweave.formats import Delta
@@ -51,25 +58,32 @@ def compress_command(
     tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the fine-tune.")],
     out: Annotated[Path, typer.Option("--output", "-o", help="Delta file to write (.safetensors).")],
     recipe: Annotated[
-        str, typer.Option(help="triple (as published), double, single, low-rank, bitdelta, or a YAML file.")
+        str,
+        typer.Option(help="triple (as published), double, single, low-rank, bitdelta, or a YAML file."),
     ] = "triple",
     bands: Annotated[
-        str | None, typer.Option(help="Bands as BITS:RANK,...; the last rank may be * (what the ratio leaves) or full.")
+        str | None,
+        typer.Option(help="Bands as BITS:RANK,...; the last rank may be * (what the ratio leaves) or full."),
     ] = None,
     ratio: Annotated[
-        str | None, typer.Option(help="Budget of the projections as a share of 16 bit, metadata included. [default: 1/16]")
+        str | None,
+        typer.Option(help="Budget of the projections as a share of 16 bit, metadata included. [default: 1/16]"),
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="Codes per scale and zero. [default: 128]")] = None,
     damping: Annotated[float | None, typer.Option(help="GPTQ damping. [default: 0.01]")] = None,
     calibration: Annotated[
-        str, typer.Option(help="default, a .txt or .jsonl file, or none (round to nearest, the quick mode).")
+        str,
+        typer.Option(help="default, a .txt or .jsonl file, or none (round to nearest, the quick mode)."),
     ] = "default",
     samples: Annotated[int, typer.Option(min=1, help="Calibration sequences.")] = 128,
     sequence_length: Annotated[
-        int | None, typer.Option(min=8, help="Tokens per sequence. [default: 2048, or the model's longest]")
+        int | None,
+        typer.Option(min=8, help="Tokens per sequence. [default: 2048, or the model's longest]"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of the calibration windows.")] = 0,
-    embeddings: Annotated[EmbeddingPolicy, typer.Option(help="auto, exact, 8bit, or base (leave the base's).")] = "auto",
+    embeddings: Annotated[
+        EmbeddingPolicy, typer.Option(help="auto, exact, 8bit, or base (leave the base's).")
+    ] = "auto",
     lm_head: Annotated[EmbeddingPolicy, typer.Option(help="The same for an untied lm_head.")] = "auto",
     device: Annotated[str | None, typer.Option(help="cpu or cuda. [default: the GPU if there is one]")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads.")] = None,
@@ -101,7 +115,16 @@ def compress_command(
         _print_estimate(estimate(plan, full_options), out, json_output)
         return
     with progress_bar() as progress:
-        compress(base, tuned, out, full_options, force=force, restart=restart, command=command_line(), progress=progress)
+        compress(
+            base,
+            tuned,
+            out,
+            full_options,
+            force=force,
+            restart=restart,
+            command=command_line(),
+            progress=progress,
+        )
     _report(out, json_output)
 
 
@@ -140,7 +163,7 @@ def _tell_shrunk(plan: CompressionPlan) -> None:
 
 
 def _print_estimate(costs: Estimate, out: Path, json_output: bool) -> None:
-    free = free_disk(out.parent)
+    free = shutil.disk_usage(next(folder for folder in (out.absolute().parents) if folder.exists())).free
     if json_output:
         print_json({**asdict(costs), "free_disk_bytes": free})
         return

@@ -54,9 +54,16 @@ def totals(delta: Delta) -> dict[str, Any]:
 def print_totals(delta: Delta) -> None:
     """The whole file's numbers, for people."""
     count, header = delta.byte_count(), delta.header
-    output.print(f"{delta.path.name}: {header.method['name']} delta of {header.tuned.name} over {header.base.name}", markup=False)
+    output.print(
+        f"{delta.path.name}: {header.method['name']} delta of {header.tuned.name} over {header.base.name}",
+        markup=False,
+    )
     table = Table("bytes", "stored", "of the fine-tune's", box=None)
-    table.add_row("projections", format_bytes(count.projections), _one_over(count.projections, count.tuned_projections))
+    table.add_row(
+        "projections",
+        format_bytes(count.projections),
+        _one_over(count.projections, count.tuned_projections),
+    )
     table.add_row("whole file", format_bytes(count.file), _one_over(count.file, header.tuned.bytes))
     output.print(table)
     alpha = _mean_alpha(summarize(delta))
@@ -65,7 +72,17 @@ def print_totals(delta: Delta) -> None:
 
 
 def _records_table(records: list[RecordSummary]) -> Table:
-    table = Table("record", "kind", "shape", "bits:rank", "bytes", "alpha", "ratio", "weight error", "output error")
+    table = Table(
+        "record",
+        "kind",
+        "shape",
+        "bits:rank",
+        "bytes",
+        "alpha",
+        "ratio",
+        "weight error",
+        "output error",
+    )
     for record in records:
         table.add_row(
             record.name,

@@ -5,11 +5,15 @@ import json
 
 import pytest
 import torch
+from deltaweave.converter import CalibrationError, Checkpoint
+from deltaweave.converter.calibration import (
+    Activations,
+    BlockStream,
+    CalibrationData,
+    default_sequence_length,
+)
 from helpers import FAMILIES, tiny_checkpoint
 from transformers import AutoModelForCausalLM
-
-from deltaweave.converter import CalibrationError, Checkpoint
-from deltaweave.converter.calibration import Activations, BlockStream, CalibrationData, default_sequence_length
 
 
 @pytest.fixture(params=FAMILIES)
@@ -33,7 +37,9 @@ def test_blocks_equal_the_model(checkpoint, tmp_path):
         expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
     hidden = torch.cat([chunk for _, chunk in inputs.chunks(torch.device("cpu"))])
     assert torch.equal(hidden, expected[0])
-    for layer in range(int(checkpoint.config["num_hidden_layers"]) - 1):  # the last one is returned behind the final norm
+    for layer in range(
+        int(checkpoint.config["num_hidden_layers"]) - 1
+    ):  # the last one is returned behind the final norm
         stream.load(layer)
         hidden = stream.forward(layer, hidden)
         stream.unload(layer)
@@ -50,7 +56,7 @@ def test_second_moment_equals_a_hook_on_the_model(checkpoint, tmp_path, module):
         model(tokens, use_cache=False)
     x = seen[0].flatten(0, -2).double()
     stream.load(0)
-    *_, hessian = stream.second_moment(0, module, inputs)
+    hessian = stream.second_moment(0, module, inputs)
     assert torch.allclose(hessian.double(), 2 / len(tokens) * x.T @ x, rtol=1e-4, atol=1e-5)
 
 
@@ -109,7 +115,11 @@ def test_default_sequence_length():
         ("a.jsonl", b"{}\n", "a.jsonl:1: has neither"),
         ("a.jsonl", b'{"text": "x"}\n[', "a.jsonl:2: not JSON"),
         ("a.csv", b"x", "must be .txt, .jsonl"),
-        ("a.jsonl", b'{"messages": [{"role": "user", "content": "x"}]}', "a.jsonl:1: has messages, but the tokenizer"),
+        (
+            "a.jsonl",
+            b'{"messages": [{"role": "user", "content": "x"}]}',
+            "a.jsonl:1: has messages, but the tokenizer",
+        ),
     ],
 )
 def test_unusable_text_is_named(folder, tmp_path, name, content, message):

@@ -3,7 +3,6 @@
 
 import pytest
 import torch
-
 from deltaweave.converter.gptq import gptq, inverse_factor
 from deltaweave.converter.quantize import VectorsAsColumns, VectorsAsRows, round_to_nearest
 

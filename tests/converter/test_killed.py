@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SIGKILL at random moments of `deltaweave compress`, then the same command again: the same bytes in the end."""
+
+import hashlib
+import random
+import subprocess
+import sys
+import time
+
+import pytest
+from helpers import perturbed, tiny_checkpoint
+
+KILLS = 8
+
+
+@pytest.mark.slow
+def test_killed_runs_end_with_the_same_digest(tmp_path):
+    base = tiny_checkpoint(tmp_path / "base", layers=6, hidden=192)
+    tuned = perturbed(base, tmp_path / "tuned")
+    (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog 0123456789. " * 200)
+
+    def command(output):
+        options = ["--calibration", str(tmp_path / "text.txt"), "--samples", "64", "--sequence-length", "128"]
+        pair = ["--base", str(base), "--tuned", str(tuned), "--ratio", "1/4", "-o", str(output)]
+        return [sys.executable, "-m", "deltaweave", "compress", *pair, *options]
+
+    whole, broken = tmp_path / "whole.safetensors", tmp_path / "broken.safetensors"
+    start = time.monotonic()
+    subprocess.run(command(whole), check=True, capture_output=True)
+    duration = time.monotonic() - start
+    assert not broken.with_name("broken.safetensors.partial").exists()
+
+    moments, killed_inside = random.Random(0), 0
+    for _ in range(KILLS):
+        process = subprocess.Popen(command(broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        time.sleep(duration * moments.uniform(0.3, 0.95))
+        process.kill()
+        process.wait()
+        killed_inside += broken.with_name("broken.safetensors.partial").exists()
+        if broken.exists():
+            break
+    assert killed_inside >= 2
+    if not broken.exists():
+        subprocess.run(command(broken), check=True, capture_output=True)
+    digests = {hashlib.sha256(file.read_bytes()).hexdigest() for file in (whole, broken)}
+    assert len(digests) == 1
+    assert not list(tmp_path.glob("*.partial"))
+    assert not list(tmp_path.glob(".*.tmp*"))
