@@ -2,7 +2,8 @@
 """The PyTorch host: the reference op, and deltas on Hugging Face models."""
 
 from deltaweave.runtime_plugin.pytorch.attach import AttachError, Attachment, attach
-from deltaweave.runtime_plugin.pytorch.reference import DenseDelta, FactoredDelta, PackedRows, delta_linear, dense_linear
+from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta, PackedRows
+from deltaweave.runtime_plugin.pytorch.reference import delta_linear, delta_rows, dense_linear
 
 __all__ = [
     "AttachError",
@@ -12,5 +13,6 @@ __all__ = [
     "PackedRows",
     "attach",
     "delta_linear",
+    "delta_rows",
     "dense_linear",
 ]

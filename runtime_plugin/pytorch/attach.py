@@ -14,7 +14,8 @@ from torch.nn.functional import linear
 
 from deltaweave.formats import BaseRecord, DeltaweaveError, DenseRecord, Delta, ExactArray, FactoredRecord
 from deltaweave.formats import Record, ReplaceRecord, RowsRecord
-from deltaweave.runtime_plugin.pytorch.reference import DenseDelta, FactoredDelta, delta_linear, dense_linear
+from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta
+from deltaweave.runtime_plugin.pytorch.reference import delta_linear, delta_rows, dense_linear
 
 __all__ = ["AttachError", "Attachment", "attach"]
 
@@ -109,8 +110,7 @@ class DeltaEmbedding(_TokenRows):
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         found = self.weight[tokens.clamp_max(self.known - 1)] * (tokens < self.known)[..., None]
         if self.dense is not None:
-            delta = self.dense.matrix.gather(tokens.flatten()).view(*tokens.shape, -1)
-            return (found.float() + delta).to(found.dtype)
+            return (found.float() + delta_rows(tokens, self.dense)).to(found.dtype)
         place = self.place[tokens]
         if not len(self.values):
             return found

@@ -13,14 +13,14 @@ from deltaweave.formats import DenseRecord, ExactArray, FactoredRecord, PackedBa
 from numpy.typing import NDArray
 from torch.nn import functional as F
 
-__all__ = ["TorchBand", "TorchDense", "TorchFactored", "TorchMatrix", "exact_tensor", "unpack_codes"]
+__all__ = ["DenseDelta", "FactoredDelta", "PackedRows", "RowBand", "exact_tensor", "unpack_codes"]
 
 # Values unpacked at a time: 4 MiB of float32.
 BLOCK_VALUES = 1 << 20
 
 
 @dataclass(frozen=True)
-class TorchBand:
+class RowBand:
     """Rows of one bit width.
 
     Attributes:
@@ -37,7 +37,7 @@ class TorchBand:
     levels: torch.Tensor | None
 
     @classmethod
-    def from_packed(cls, piece: PackedBand, device: torch.device | None = None) -> TorchBand:
+    def of(cls, piece: PackedBand, device: torch.device | None = None) -> RowBand:
         """Wraps a stored band; on the CPU its bytes are shared, not copied."""
         levels = None if piece.band.levels is None else torch.tensor(piece.band.levels, dtype=torch.float32)
         return cls(
@@ -54,7 +54,7 @@ class TorchBand:
 
 
 @dataclass(frozen=True)
-class TorchMatrix:
+class PackedRows:
     """Bands of rows of one length; the torch side of `formats.PackedMatrix`.
 
     Attributes:
@@ -64,15 +64,15 @@ class TorchMatrix:
         group_offset: how many values of the first group lie in an earlier shard.
     """
 
-    bands: tuple[TorchBand, ...]
+    bands: tuple[RowBand, ...]
     length: int
     group_size: int | None
     group_offset: int = 0
 
     @classmethod
-    def from_packed(cls, matrix: PackedMatrix, device: torch.device | None = None) -> TorchMatrix:
+    def of(cls, matrix: PackedMatrix, device: torch.device | None = None) -> PackedRows:
         """Wraps a stored matrix; on the CPU its bytes are shared, not copied."""
-        bands = tuple(TorchBand.from_packed(piece, device) for piece in matrix.bands)
+        bands = tuple(RowBand.of(piece, device) for piece in matrix.bands)
         return cls(bands, matrix.length, matrix.group_size, matrix.group_offset)
 
     @property
@@ -80,7 +80,7 @@ class TorchMatrix:
         """Rows of all bands."""
         return sum(band.rows for band in self.bands)
 
-    def unpack(self, band: TorchBand, rows: slice | torch.Tensor) -> torch.Tensor:
+    def unpack(self, band: RowBand, rows: slice | torch.Tensor) -> torch.Tensor:
         """Values of some rows of one of the bands.
 
         Args:
@@ -98,7 +98,7 @@ class TorchMatrix:
             return _values(codes, band, band.grid.float())
         return self._grouped_values(codes, band, band.grid[rows].float())
 
-    def _grouped_values(self, codes: torch.Tensor, band: TorchBand, grid: torch.Tensor) -> torch.Tensor:
+    def _grouped_values(self, codes: torch.Tensor, band: RowBand, grid: torch.Tensor) -> torch.Tensor:
         """Cut and short groups are filled up to whole ones, so that the grid broadcasts along each group."""
         assert self.group_size is not None
         count, groups = grid.shape[:2]
@@ -109,7 +109,7 @@ class TorchMatrix:
 
 
 @dataclass(frozen=True)
-class TorchFactored:
+class FactoredDelta:
     """A delta u^T diag(sigma) v; the torch side of `formats.FactoredRecord`.
 
     Attributes:
@@ -120,17 +120,17 @@ class TorchFactored:
     """
 
     shape: tuple[int, int]
-    u: TorchMatrix
-    v: TorchMatrix
+    u: PackedRows
+    v: PackedRows
     sigma: torch.Tensor
 
     @classmethod
-    def from_record(cls, record: FactoredRecord, device: torch.device | None = None) -> TorchFactored:
+    def of(cls, record: FactoredRecord, device: torch.device | None = None) -> FactoredDelta:
         """Wraps a record; on the CPU its bytes are shared, not copied, so the delta file stays mapped."""
         return cls(
             shape=record.shape,
-            u=TorchMatrix.from_packed(record.u, device),
-            v=TorchMatrix.from_packed(record.v, device),
+            u=PackedRows.of(record.u, device),
+            v=PackedRows.of(record.v, device),
             sigma=_tensor(record.sigma, device),
         )
 
@@ -145,7 +145,7 @@ class TorchFactored:
 
 
 @dataclass(frozen=True)
-class TorchDense:
+class DenseDelta:
     """A quantized delta of a whole matrix; the torch side of `formats.DenseRecord`.
 
     Attributes:
@@ -154,17 +154,16 @@ class TorchDense:
     """
 
     shape: tuple[int, int]
-    matrix: TorchMatrix
+    matrix: PackedRows
 
     @classmethod
-    def from_record(cls, record: DenseRecord, device: torch.device | None = None) -> TorchDense:
+    def of(cls, record: DenseRecord, device: torch.device | None = None) -> DenseDelta:
         """Wraps a record; on the CPU its bytes are shared, not copied, so the delta file stays mapped."""
-        return cls(shape=record.shape, matrix=TorchMatrix.from_packed(record.matrix, device))
+        return cls(shape=record.shape, matrix=PackedRows.of(record.matrix, device))
 
-    def blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """A few output features at a time: (which, their delta [features, in_features] float32)."""
-        for rows in row_blocks(*self.shape):
-            yield rows, self.matrix.unpack(self.matrix.bands[0], rows)
+    def blocks(self) -> Iterator[torch.Tensor]:
+        """A few output features at a time, in order: their delta [features, in_features] float32."""
+        return (self.matrix.unpack(self.matrix.bands[0], rows) for rows in row_blocks(*self.shape))
 
 
 def unpack_codes(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
@@ -209,7 +208,7 @@ def exact_tensor(array: ExactArray, device: torch.device | None = None) -> torch
     return tensor.view(torch.bfloat16) if array.dtype == "BF16" else tensor
 
 
-def _values(codes: torch.Tensor, band: TorchBand, grid: torch.Tensor) -> torch.Tensor:
+def _values(codes: torch.Tensor, band: RowBand, grid: torch.Tensor) -> torch.Tensor:
     """Codes to values; the grid broadcasts over the codes, with (scale, zero) along its last axis if it is affine."""
     if band.levels is not None:
         return grid * band.levels[codes.int()]

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import torch
 from deltaweave.formats import FormatError
-from deltaweave.runtime_plugin.pytorch.packed import TorchDense, TorchFactored
+from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta
 
-__all__ = ["delta_linear", "delta_rows", "dense_linear", "factored_linear"]
+__all__ = ["delta_linear", "delta_rows", "dense_linear"]
 
 
-def delta_linear(x: torch.Tensor, delta: TorchFactored | TorchDense) -> torch.Tensor:
-    """What a delta adds to the output of its linear layer.
+def delta_linear(x: torch.Tensor, delta: FactoredDelta) -> torch.Tensor:
+    """U^T (sigma * (V x)): what a factored delta adds to the output of its linear layer.
 
     Args:
         x: [..., in_features], any floating dtype.
@@ -32,28 +32,22 @@ def delta_linear(x: torch.Tensor, delta: TorchFactored | TorchDense) -> torch.Te
     Raises:
         FormatError: x has another number of features.
     """
-    if x.shape[-1] != delta.shape[1]:
-        raise FormatError(f"input with {x.shape[-1]} features, the delta expects {delta.shape[1]}")
-    tokens = x.reshape(-1, x.shape[-1]).float()
-    y = factored_linear(tokens, delta) if isinstance(delta, TorchFactored) else dense_linear(tokens, delta)
+    tokens = _tokens(x, delta.shape)
+    y = tokens.new_zeros(len(tokens), delta.shape[0])
+    for u, sigma, v in delta.blocks():
+        h = sigma * (tokens @ v.T)
+        y = y.addmm(h, u)
     return y.to(x.dtype).view(*x.shape[:-1], delta.shape[0])
 
 
-def factored_linear(x: torch.Tensor, delta: TorchFactored) -> torch.Tensor:
-    """y = U^T (sigma * (V x)) for x [tokens, in_features] float32; returns [tokens, out_features] float32."""
-    y = x.new_zeros(x.shape[0], delta.shape[0])
-    for u, sigma, v in delta.blocks():
-        h = sigma * (x @ v.T)
-        y = y.addmm(h, u)
-    return y
+def dense_linear(x: torch.Tensor, delta: DenseDelta) -> torch.Tensor:
+    """D x: what a dense delta adds to the output of its linear layer; see `delta_linear`."""
+    tokens = _tokens(x, delta.shape)
+    y = torch.cat([tokens @ block.T for block in delta.blocks()], dim=1)
+    return y.to(x.dtype).view(*x.shape[:-1], delta.shape[0])
 
 
-def dense_linear(x: torch.Tensor, delta: TorchDense) -> torch.Tensor:
-    """y = D x for x [tokens, in_features] float32; returns [tokens, out_features] float32."""
-    return torch.cat([x @ block.T for _, block in delta.blocks()], dim=1)
-
-
-def delta_rows(ids: torch.Tensor, delta: TorchFactored | TorchDense) -> torch.Tensor:
+def delta_rows(ids: torch.Tensor, delta: FactoredDelta | DenseDelta) -> torch.Tensor:
     """What a delta adds to rows of its matrix: the embedding's counterpart of `delta_linear`.
 
     Args:
@@ -64,10 +58,17 @@ def delta_rows(ids: torch.Tensor, delta: TorchFactored | TorchDense) -> torch.Te
         [..., columns] float32.
     """
     wanted = ids.reshape(-1)
-    if isinstance(delta, TorchDense):
+    if isinstance(delta, DenseDelta):
         rows = delta.matrix.unpack(delta.matrix.bands[0], wanted)
     else:
         rows = delta.sigma.new_zeros(len(wanted), delta.shape[1])
         for u, sigma, v in delta.blocks():
             rows = rows.addmm((sigma[:, None] * u[:, wanted]).T, v)
     return rows.view(*ids.shape, delta.shape[1])
+
+
+def _tokens(x: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+    """The input as [tokens, in_features] float32, if it fits a delta of this shape."""
+    if x.shape[-1] != shape[1]:
+        raise FormatError(f"input of shape {list(x.shape)}, the delta has {shape[1]} in_features")
+    return x.reshape(-1, shape[1]).float()
