@@ -128,7 +128,10 @@ def random_weights(layers: int, vocabulary: int, generator: torch.Generator) -> 
         "mlp.up_proj": (MLP, HIDDEN),
         "mlp.down_proj": (HIDDEN, MLP),
     }
-    tensors = {"model.embed_tokens.weight": noise((vocabulary, HIDDEN), generator), "model.norm.weight": torch.ones(HIDDEN)}
+    tensors = {
+        "model.embed_tokens.weight": noise((vocabulary, HIDDEN), generator),
+        "model.norm.weight": torch.ones(HIDDEN),
+    }
     for layer in range(layers):
         prefix = f"model.layers.{layer}."
         for name, shape in linear.items():

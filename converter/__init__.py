@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints to deltas, and back."""
 
-from deltaweave.converter.apply import apply, require_base, tuned_names, tuned_tensor
+from deltaweave.converter.apply import apply, require_base, tuned_names, tuned_tensor, write_side_files
 from deltaweave.converter.bitdelta import BitDeltaOptions, compress_bitdelta
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.compress import compress
@@ -49,4 +49,5 @@ __all__ = [
     "tuned_names",
     "tuned_tensor",
     "verify",
+    "write_side_files",
 ]

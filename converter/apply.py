@@ -15,7 +15,7 @@ from deltaweave.converter.plan import Progress, silent
 from deltaweave.formats import Delta, ReplaceRecord
 from safetensors.torch import save_file
 
-__all__ = ["apply", "require_base", "tuned_names", "tuned_tensor"]
+__all__ = ["apply", "require_base", "tuned_names", "tuned_tensor", "write_side_files"]
 
 SHARD_BYTES = 2 * 10**9
 # Files of a checkpoint folder that are not weights: the base's are copied, the delta's own then replace them.
@@ -57,7 +57,7 @@ def apply(
         temporary.mkdir(parents=True)
         try:
             _write_weights(checkpoint, opened, temporary, progress)
-            _write_side_files(checkpoint, opened, temporary)
+            write_side_files(checkpoint, opened, temporary)
             _replace_folder(temporary, output)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -143,7 +143,8 @@ def _shard_name(number: int) -> str:
     return f"shard-{number}.safetensors"
 
 
-def _write_side_files(base: Checkpoint, delta: Delta, folder: Path) -> None:
+def write_side_files(base: Checkpoint, delta: Delta, folder: Path) -> None:
+    """Everything of base + delta but its weights: configuration, tokenizer, licence; the delta's own files win."""
     for pattern in SIDE_FILES:
         for file in base.folder.glob(pattern):
             if file.is_file() and file.name != INDEX_FILE:

@@ -25,10 +25,12 @@ from deltaweave.formats import Band, DenseRecord, PackedBand, PackedMatrix, Reco
 from torch import nn
 from torch.nn.functional import linear, mse_loss
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 __all__ = ["BitDeltaOptions", "compress_bitdelta"]
 
 OTHERS_GROUP_SIZE = 128
+disable_progress_bar()
 
 
 @dataclass(frozen=True)

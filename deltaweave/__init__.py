@@ -1,11 +1,47 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mixed-precision deltas of fine-tuned language models: compress, check and run many fine-tunes of one base."""
+"""Mixed-precision deltas of fine-tuned language models: compress, check and run many fine-tunes of one base.
 
+The names below are loaded when they are first used, so that `deltaweave.formats` costs numpy and nothing more.
+"""
+
+from importlib import import_module
 from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
 
-from deltaweave.converter import CompressionOptions, Recipe, apply, compress
-from deltaweave.formats import Delta, DeltaweaveError
+if TYPE_CHECKING:
+    from deltaweave.converter import CompressionOptions, Policies, Recipe, apply, compress, verify
+    from deltaweave.evaluation import compare
+    from deltaweave.formats import Delta, DeltaweaveError
+    from deltaweave.generation import generate
+    from deltaweave.runtime_plugin.pytorch import attach
 
 __version__ = version("deltaweave")
 
-__all__ = ["CompressionOptions", "Delta", "DeltaweaveError", "Recipe", "apply", "compress"]
+__all__ = [
+    "CompressionOptions",
+    "Delta",
+    "DeltaweaveError",
+    "Policies",
+    "Recipe",
+    "apply",
+    "attach",
+    "compare",
+    "compress",
+    "generate",
+    "verify",
+]
+
+_HOMES = {
+    "converter": ("CompressionOptions", "Policies", "Recipe", "apply", "compress", "verify"),
+    "evaluation": ("compare",),
+    "formats": ("Delta", "DeltaweaveError"),
+    "generation": ("generate",),
+    "runtime_plugin.pytorch": ("attach",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"deltaweave.{home}"), name)
+    raise AttributeError(f"module 'deltaweave' has no attribute {name!r}")

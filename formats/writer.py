@@ -79,7 +79,7 @@ def save_records(path: str | Path, records: Mapping[str, Record], metadata: Mapp
     for name, record in records.items():
         entries[name], stored = _named(name, record)
         tensors |= stored
-    text = json.dumps({"records": entries, "metadata": dict(metadata)}, sort_keys=True)
+    text = json.dumps({"records": entries, "metadata": dict(metadata)})
     write_container(Path(path), tensors, {"format": PARTS_NAME, "deltaweave": text})
 
 

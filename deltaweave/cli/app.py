@@ -15,7 +15,7 @@ import typer
 from deltaweave import __version__
 from deltaweave.cli.apply import apply_command
 from deltaweave.cli.compare import compare_command
-from deltaweave.cli.compress import compress_command
+from deltaweave.cli.compress import COMPRESS_EXAMPLES, compress_command
 from deltaweave.cli.generate import generate_command
 from deltaweave.cli.inspect import inspect_command
 from deltaweave.cli.verify import verify_command
@@ -33,15 +33,12 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
 )
-for name, command in (
-    ("compress", compress_command),
-    ("inspect", inspect_command),
-    ("verify", verify_command),
-    ("apply", apply_command),
-    ("generate", generate_command),
-    ("compare", compare_command),
-):
-    app.command(name)(command)
+app.command("compress", epilog=COMPRESS_EXAMPLES)(compress_command)
+app.command("inspect")(inspect_command)
+app.command("verify")(verify_command)
+app.command("apply")(apply_command)
+app.command("generate")(generate_command)
+app.command("compare")(compare_command)
 
 
 def _print_version(wanted: bool) -> None:

@@ -24,7 +24,8 @@ from deltaweave.converter import Progress as ProgressFunction
 
 __all__ = ["command_line", "format_bytes", "output", "print_json", "progress_bar", "warn"]
 
-output = Console(highlight=False)
+# Without a terminal to fit into (a pipe, a log), a table takes the width it needs.
+output = Console(highlight=False, width=None if sys.stdout.isatty() else 160)
 _errors = Console(stderr=True, highlight=False)
 
 
@@ -39,11 +40,13 @@ def progress_bar() -> Iterator[ProgressFunction]:
         TextColumn("left"),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=_errors) as progress:
-        tasks: dict[str, Any] = {}
+    progress = Progress(*columns, console=_errors)
+    tasks: dict[str, Any] = {}
+    try:
 
         def report(description: str, done: float, total: float) -> None:
             if description not in tasks:
+                progress.start()
                 for earlier in tasks.values():
                     progress.update(earlier, completed=progress.tasks[earlier].total)
                 tasks[description] = progress.add_task(description, total=total)
@@ -52,6 +55,9 @@ def progress_bar() -> Iterator[ProgressFunction]:
         yield report
         for task in tasks.values():
             progress.update(task, completed=progress.tasks[task].total)
+    finally:
+        if tasks:
+            progress.stop()
 
 
 def print_json(value: Any) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich import box
 from rich.table import Table
 
 from deltaweave.cli.console import format_bytes, output, print_json
@@ -72,30 +73,30 @@ def print_totals(delta: Delta) -> None:
 
 
 def _records_table(records: list[RecordSummary]) -> Table:
-    table = Table(
-        "record",
-        "kind",
-        "shape",
-        "bits:rank",
-        "bytes",
-        "alpha",
-        "ratio",
-        "weight error",
-        "output error",
-    )
+    table = Table("record", "shape", "bits:rank", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("bytes", "ratio", "alpha", "weight error", "output error"):
+        table.add_column(column, justify="right")
     for record in records:
         table.add_row(
-            record.name,
-            record.kind,
+            record.name.removeprefix("model.").removesuffix(".weight"),
             "x".join(map(str, record.shape)),
-            record.bands_text,
+            record.bands_text if record.kind == "factored" else _kind_text(record),
             format_bytes(record.bytes),
-            "" if record.alpha is None else f"{record.alpha:.4f}",
             f"{record.ratio:.4f}",
-            "" if record.weight_error is None else f"{record.weight_error:.3f}",
-            "" if record.output_error is None else f"{record.output_error:.3f}",
+            _number(record.alpha, 4),
+            _number(record.weight_error, 3),
+            _number(record.output_error, 3),
         )
     return table
+
+
+def _kind_text(record: RecordSummary) -> str:
+    words = {"dense": "dense", "rows": "exact rows", "replace": "exact", "base": "as in the base"}
+    return f"{words[record.kind]} {record.bands[0][0]} bit" if record.bands else words[record.kind]
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def _mean_alpha(records: list[RecordSummary]) -> float | None:

@@ -3,12 +3,19 @@
 
 import pytest
 import torch
-from helpers import FAMILIES, perturbed, tiny_checkpoint
-from transformers import AutoModelForCausalLM
-
-from deltaweave.converter import BitDeltaOptions, CompressionOptions, Policies, Recipe, apply, compress, compress_bitdelta
+from deltaweave.converter import (
+    BitDeltaOptions,
+    CompressionOptions,
+    Policies,
+    Recipe,
+    apply,
+    compress,
+    compress_bitdelta,
+)
 from deltaweave.formats import Delta
 from deltaweave.runtime_plugin.pytorch import AttachError, attach
+from helpers import FAMILIES, perturbed, tiny_checkpoint
+from transformers import AutoModelForCausalLM
 
 QUICK = Recipe(bands="8:2,2:*", ratio=3 / 4, group_size=32)
 TOKENS = torch.arange(3, 43).view(2, 20)
@@ -57,7 +64,9 @@ def test_added_tokens(tmp_path, tied, policy):
     tuned = perturbed(base, tmp_path / "tuned", added_tokens=3)
     options = CompressionOptions(QUICK, "none", policies=Policies(policy, policy))
     rows = load(tuned).config.vocab_size
-    check(base, compress(base, tuned, tmp_path / "d.safetensors", options), tmp_path, torch.arange(rows - 12, rows)[None])
+    check(
+        base, compress(base, tuned, tmp_path / "d.safetensors", options), tmp_path, torch.arange(rows - 12, rows)[None]
+    )
 
 
 def test_bitdelta_records(tmp_path):

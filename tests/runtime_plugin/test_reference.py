@@ -4,11 +4,10 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
 from deltaweave.formats import Band, DenseRecord, FactoredRecord, PackedBand, PackedMatrix, pack_codes, shard
 from deltaweave.runtime_plugin.pytorch import DenseDelta, FactoredDelta, delta_linear, dense_linear
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 BITS = [1, 2, 3, 4, 8, 16]
 

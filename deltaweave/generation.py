@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Text from base + delta, streamed, without dense weights: the delta is attached to the base."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, TextStreamer
+
+from deltaweave.converter import Checkpoint, require_base
+from deltaweave.formats import Delta
+from deltaweave.models import load_checkpoint, load_tokenizer, side_files
+from deltaweave.runtime_plugin.pytorch import attach
+
+__all__ = ["generate"]
+
+
+class _Streamer(TextStreamer):
+    """Hands every finished piece of text to a function."""
+
+    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def generate(
+    base: str | Path,
+    delta: str | Path,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float | None = None,
+    seed: int = 0,
+    chat: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    accept_base: bool = False,
+    write: Callable[[str], None] | None = None,
+) -> str:
+    """Continues a prompt with base + delta.
+
+    Args:
+        base: Hugging Face folder of the base.
+        delta: the delta file; its tokenizer, chat template and generation settings are used.
+        prompt: the text to continue, or the user's turn of a chat.
+        max_new_tokens: at most so many.
+        temperature: 0 is greedy; None follows the fine-tune's own generation settings.
+        seed: of sampling.
+        chat: wrap the prompt in the chat template.
+        dtype: of the base's weights.
+        device: None takes the GPU if there is one.
+        accept_base: take a base whose fingerprint is not the delta's.
+        write: is handed the text piece by piece.
+
+    Returns:
+        The whole new text.
+
+    Raises:
+        DeltaweaveError: another base, or no usable tokenizer.
+    """
+    checkpoint = Checkpoint.open(base)
+    with Delta.open(delta) as opened, side_files(checkpoint, opened) as folder:
+        require_base(checkpoint, opened, accept=accept_base)
+        tokenizer = load_tokenizer(folder)
+        model = load_checkpoint(base, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        tokens = _encode(tokenizer, prompt, chat).to(model.device)
+        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        if temperature is not None:
+            settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
+        torch.manual_seed(seed)
+        pieces: list[str] = []
+
+        def collect(piece: str) -> None:
+            pieces.append(piece)
+            if write:
+                write(piece)
+
+        with attach(model, opened), torch.no_grad():
+            model.generate(
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+                streamer=_Streamer(tokenizer, collect),
+                **settings,
+            )
+    return "".join(pieces)
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    if chat:
+        message = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        ids = tokenizer(prompt)["input_ids"]
+    return torch.tensor([ids])

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models in memory: a checkpoint, or base + delta as dense weights, and the tokenizer that belongs to each."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from deltaweave.converter import Checkpoint, tuned_names, tuned_tensor, write_side_files
+from deltaweave.formats import Delta, DeltaweaveError
+
+# Loading takes seconds at most, and callers have progress bars of their own.
+disable_progress_bar()
+
+__all__ = ["load_checkpoint", "load_tokenizer", "load_tuned", "side_files"]
+
+
+def load_checkpoint(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A checkpoint as a model in evaluation mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    return model
+
+
+def load_tuned(base: Checkpoint, delta: Delta, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Base + delta as a dense model in evaluation mode; takes the memory of one model."""
+    with side_files(base, delta) as folder:
+        config = AutoConfig.from_pretrained(folder)
+    state = {name: tuned_tensor(base, delta, name) for name in tuned_names(base, delta)}
+    kind = AutoModelForCausalLM._model_mapping[type(config)]
+    model: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
+    return model
+
+
+def load_tokenizer(folder: str | Path) -> Any:
+    """The tokenizer of a folder.
+
+    Raises:
+        DeltaweaveError: the folder has none that works.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise DeltaweaveError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def side_files(base: Checkpoint, delta: Delta) -> Iterator[Path]:
+    """A temporary folder with everything of base + delta but its weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_side_files(base, delta, Path(folder))
+        yield Path(folder)
