@@ -58,7 +58,9 @@ def delta_plots(details: DeltaDetails, index: int) -> Iterator[Plot]:
         spectra = [spectrum for spectrum in details.spectra if spectrum.kind == kind and (spectrum.sigma > 0).any()]
         if spectra:
             yield _spectrum(details, kind, spectra, f"{index}-{details.name}")
-    measured = [name for name in ("weight", "output") if any(_value(error, name) is not None for error in details.errors)]
+    measured = [
+        name for name in ("weight", "output") if any(_value(error, name) is not None for error in details.errors)
+    ]
     if measured:
         yield _layer_errors(details, measured, f"{index}-{details.name}")
 
@@ -91,7 +93,10 @@ def _accuracy(comparison: Comparison, deltas: Sequence[Candidate]) -> Plot:
     axes.set_ylabel("accuracy, % (95 % interval)")
     axes.legend(loc="best")
     return Plot(
-        "quality-accuracy", "Task accuracy against bytes", _told(deltas, "accuracy", lambda d: d.task and d.task.accuracy), figure
+        "quality-accuracy",
+        "Task accuracy against bytes",
+        _told(deltas, "accuracy", lambda d: d.task and d.task.accuracy),
+        figure,
     )
 
 
@@ -108,7 +113,12 @@ def _divergence(deltas: Sequence[Candidate]) -> Plot:
     _byte_axis(axes, logarithmic=True)
     axes.set_ylabel("KL to the fine-tune, nats per token")
     axes.legend(loc="best")
-    return Plot("quality-kl", "Distance to the fine-tune against bytes", _told(deltas, "KL", lambda d: d.text and d.text.kl), figure)
+    return Plot(
+        "quality-kl",
+        "Distance to the fine-tune against bytes",
+        _told(deltas, "KL", lambda d: d.text and d.text.kl),
+        figure,
+    )
 
 
 def _bytes(details: Sequence[DeltaDetails]) -> Plot:
@@ -139,7 +149,9 @@ def _kind_errors(details: Sequence[DeltaDetails], measure: str, title: str) -> P
         shift = 0.56 * ((index + 0.5) / len(details) - 0.5)
         label: str | None = detail.name
         for row, kind in enumerate(kinds):
-            values = [value for error in detail.errors if error.kind == kind and (value := _value(error, measure)) is not None]
+            values = [
+                value for error in detail.errors if error.kind == kind and (value := _value(error, measure)) is not None
+            ]
             if not values:
                 continue
             colour = series_colour(index)
@@ -156,7 +168,10 @@ def _kind_errors(details: Sequence[DeltaDetails], measure: str, title: str) -> P
     axes.set_xlabel("relative error; mark: mean, line: range over layers")
     figure.legend(loc="outside upper left", ncols=2)
     return Plot(
-        f"errors-{measure}", f"Relative {title}", f"Relative {title} for each kind of projection and each delta.", figure
+        f"errors-{measure}",
+        f"Relative {title}",
+        f"Relative {title} for each kind of projection and each delta.",
+        figure,
     )
 
 
@@ -165,7 +180,11 @@ def _layer_errors(details: DeltaDetails, measured: Sequence[str], name: str) -> 
     titles = {"weight": "of the delta", "output": "of its output on calibration data"}
     for axes, measure in zip(panels, measured, strict=True):
         for index, kind in enumerate(details.kinds):
-            points = [(error.layer, value) for error in details.errors if error.kind == kind and (value := _value(error, measure)) is not None]
+            points = [
+                (error.layer, value)
+                for error in details.errors
+                if error.kind == kind and (value := _value(error, measure)) is not None
+            ]
             axes.plot(
                 *zip(*points, strict=True), marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.2,
                 color=series_colour(index), label=kind if measure == measured[0] else None,
@@ -176,7 +195,12 @@ def _layer_errors(details: DeltaDetails, measured: Sequence[str], name: str) -> 
         axes.set_title(titles[measure])
     panels[0].set_ylabel("relative error")
     figure.legend(loc="outside upper left", ncols=7)
-    return Plot(f"layers-{name}", "Relative error per layer", f"Relative error of every projection of {details.name} over layers.", figure)
+    return Plot(
+        f"layers-{name}",
+        "Relative error per layer",
+        f"Relative error of every projection of {details.name} over layers.",
+        figure,
+    )
 
 
 def _spectrum(details: DeltaDetails, kind: str, spectra: Sequence[Spectrum], name: str) -> Plot:
@@ -200,7 +224,9 @@ def _spectrum(details: DeltaDetails, kind: str, spectra: Sequence[Spectrum], nam
     axes.set_xlabel("rank")
     axes.set_title(kind)
     bands = ", ".join(f"{rank} ranks at {bits} bits" for bits, rank in shown.bands)
-    return Plot(f"spectrum-{name}-{kind}", kind, f"Singular values of {kind} over ranks, falling; bands: {bands}.", figure)
+    return Plot(
+        f"spectrum-{name}-{kind}", kind, f"Singular values of {kind} over ranks, falling; bands: {bands}.", figure
+    )
 
 
 def _shade_bands(axes: Axes, spectrum: Spectrum) -> None:
@@ -242,7 +268,11 @@ def _level(axes: Axes, name: str, value: float) -> None:
 
 def _byte_axis(axes: Axes, *, logarithmic: bool) -> None:
     low, high = axes.get_xlim()
-    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes")) if high >= unit or unit == 1)
+    unit, name = next(
+        (unit, name)
+        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
+        if high >= unit or unit == 1
+    )
     if logarithmic:
         # Equal byte counts are what is compared: leave room at both sides, or they would sit on the frame.
         axes.set_xlim(max(low, high / 1e6) / 1.6, high * 1.6) if low > 0 else axes.set_xlim(0, 1.15 * high)
@@ -251,10 +281,13 @@ def _byte_axis(axes: Axes, *, logarithmic: bool) -> None:
 
 
 def _told(deltas: Sequence[Candidate], quality: str, value: Callable[[Candidate], float | None]) -> str:
-    parts = [f"{delta.name}: {delta.file_bytes} bytes, {quality} {found:.4g}" for delta in deltas if (found := value(delta)) is not None]
+    parts = [
+        f"{delta.name}: {delta.file_bytes} bytes, {quality} {found:.4g}"
+        for delta in deltas
+        if (found := value(delta)) is not None
+    ]
     return "; ".join(parts) + "."
 
 
 def _value(error: LayerError, measure: str) -> float | None:
     return error.weight if measure == "weight" else error.output
-

@@ -107,7 +107,10 @@ def _render(comparison: Comparison, details: Sequence[DeltaDetails], command: st
 
 
 def _drawings(plots: Iterable[Plot]) -> list[Drawing]:
-    return [Drawing(plot.title, Markup(to_svg(plot.figure, plot.name, plot.description)), plot.name.partition("-")[0]) for plot in plots]
+    return [
+        Drawing(plot.title, Markup(to_svg(plot.figure, plot.name, plot.description)), plot.name.partition("-")[0])
+        for plot in plots
+    ]
 
 
 def _row(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:

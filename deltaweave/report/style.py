@@ -87,7 +87,11 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     for colour, (value, _) in COLOURS.items():
         drawing = drawing.replace(value, f"var(--{colour})")
     label = f'<svg role="img" aria-label="{_attribute(description)}"'
-    return drawing.replace("<svg", label, 1).replace(' width="', ' data-width="', 1).replace(' height="', ' data-height="', 1)
+    return (
+        drawing.replace("<svg", label, 1)
+        .replace(' width="', ' data-width="', 1)
+        .replace(' height="', ' data-height="', 1)
+    )
 
 
 def to_png(figure: Figure, path: Any) -> None:
