@@ -170,9 +170,8 @@ class Delta:
             problems.append(Problem("base.root", "is not the digest of the base tensors listed"))
         for name in self.names:
             problems += self._verify_record(name)
-        for name, file in self.header.files.items():
-            if tensor_digest(self._file_view(name)) != file.sha256:
-                problems.append(Problem(FILES_PREFIX + name, "checksum does not match"))
+        for name in self.header.files:
+            problems += self._verify_file(name)
         return problems
 
     def _verify_record(self, name: str) -> Iterator[Problem]:
@@ -184,6 +183,13 @@ class Delta:
         for part, digest in self._entries[name]["sha256"].items():
             if tensor_digest(self._container(name).raw(f"{name}.{part}")) != digest:
                 yield Problem(f"{name}.{part}", "checksum does not match")
+
+    def _verify_file(self, name: str) -> Iterator[Problem]:
+        tensor, file = FILES_PREFIX + name, self.header.files[name]
+        if tensor_digest(self._file_view(name)) != file.sha256:
+            yield Problem(tensor, "checksum does not match")
+        if any(self._containers[tensor].raw(tensor)[file.bytes :]):
+            yield Problem(tensor, "padding is not zero")
 
     def _file_view(self, name: str) -> memoryview:
         tensor, size = FILES_PREFIX + name, self.header.files[name].bytes
