@@ -21,6 +21,7 @@ from rich.progress import (
 )
 
 from deltaweave.converter import Progress as ProgressFunction
+from deltaweave.units import format_bytes
 
 __all__ = ["command_line", "format_bytes", "output", "print_json", "progress_bar", "warn"]
 
@@ -68,15 +69,6 @@ def print_json(value: Any) -> None:
 def warn(message: str) -> None:
     """Tells a user something that is no error."""
     _errors.print(f"note: {message}", markup=False)
-
-
-def format_bytes(count: float) -> str:
-    """A byte count for people: 870 MB, 1.2 kB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
 
 
 def command_line() -> str:

@@ -8,17 +8,31 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from deltaweave.evaluation import Candidate, Comparison
 from deltaweave.report.details import DeltaDetails, LayerError, Spectrum
-from deltaweave.report.style import MARKERS, Axes, band_colour, light, new_figure, series_colour
+from deltaweave.report.style import MARKERS, Axes, band_colour, light, new_figure, plot_style, series_colour
 
 __all__ = ["Plot", "byte_kinds", "comparison_plots", "delta_plots"]
 
 # Past this many layers their spectra are drawn as a range around the median.
 FEW_LAYERS = 6
+# Kinds of bytes, in the order in which they are drawn, and their colours.
+BYTE_KINDS = {
+    "codes": "series-1",
+    "scales and zeros": "series-5",
+    "sigma": "series-2",
+    "padding": "rule",
+    "norms, biases, embeddings": "series-3",
+    "tokenizer and settings": "series-4",
+    "header": "series-7",
+}
+MEASURES: dict[str, Callable[[LayerError], float | None]] = {
+    "of the delta": lambda error: error.weight,
+    "of the output on calibration data": lambda error: error.output,
+}
 
 
 @dataclass(frozen=True)
@@ -26,184 +40,164 @@ class Plot:
     """A drawing.
 
     Attributes:
+        kind: which of the plots it is.
         name: unique, fit for a file name.
         title: above it in the page.
         description: what it shows, in words, for those who do not see it.
         figure: the drawing.
     """
 
+    kind: str
     name: str
     title: str
     description: str
     figure: Figure
 
 
-def comparison_plots(comparison: Comparison, details: Sequence[DeltaDetails]) -> Iterator[Plot]:
+def comparison_plots(comparison: Comparison, details: Sequence[DeltaDetails]) -> list[Plot]:
     """Plots over all deltas, for what was measured."""
-    deltas = comparison.candidates[2:]
-    if any(delta.task for delta in deltas):
-        yield _accuracy(comparison, deltas)
-    if any(delta.text for delta in deltas):
-        yield _divergence(deltas)
-    if details:
-        yield _bytes(details)
-    for measure, title in (("weight", "error of the delta"), ("output", "error of the delta's output")):
-        if any(getattr(error, measure) is not None for detail in details for error in detail.errors):
-            yield _kind_errors(details, measure, title)
+    with plot_style():
+        return [*_quality_plots(comparison), *_file_plots(details)]
 
 
-def delta_plots(details: DeltaDetails, index: int) -> Iterator[Plot]:
+def delta_plots(details: DeltaDetails, index: int) -> list[Plot]:
     """Plots of one delta, the index-th: spectra per kind of projection, errors per layer."""
-    for kind in details.kinds:
-        spectra = [spectrum for spectrum in details.spectra if spectrum.kind == kind and (spectrum.sigma > 0).any()]
-        if spectra:
-            yield _spectrum(details, kind, spectra, f"{index}-{details.name}")
-    measured = [
-        name for name in ("weight", "output") if any(_value(error, name) is not None for error in details.errors)
-    ]
-    if measured:
-        yield _layer_errors(details, measured, f"{index}-{details.name}")
+    with plot_style():
+        return [*_spectrum_plots(details, index), *_layer_plots(details, index)]
 
 
-def byte_kinds(details: DeltaDetails) -> list[tuple[str, int]]:
-    """Where a file's bytes go, in the order in which they are drawn."""
+def byte_kinds(details: DeltaDetails) -> dict[str, int]:
+    """Where a file's bytes go."""
     count = details.bytes
-    return [
-        ("codes", count.codes),
-        ("scales and zeros", count.grids),
-        ("sigma", count.sigma),
-        ("padding", count.padding),
-        ("norms, biases, embeddings", count.other),
-        ("tokenizer and settings", count.carried),
-        ("header", count.header),
-    ]
+    parts = (count.codes, count.grids, count.sigma, count.padding, count.other, count.carried, count.header)
+    return dict(zip(BYTE_KINDS, parts, strict=True))
 
 
-def _accuracy(comparison: Comparison, deltas: Sequence[Candidate]) -> Plot:
+def _quality_plots(comparison: Comparison) -> Iterator[Plot]:
+    deltas = [delta for delta in comparison.candidates[2:] if delta.file_bytes]
+    if any(delta.task for delta in deltas):
+        yield _accuracy_plot(comparison, deltas)
+    if any(delta.text for delta in deltas):
+        yield _divergence_plot(deltas)
+
+
+def _accuracy_plot(comparison: Comparison, deltas: Sequence[Candidate]) -> Plot:
     figure, (axes,) = new_figure(5.2, 3.4)
+    told = []
     for index, delta in enumerate(deltas):
-        if delta.task is not None and delta.file_bytes is not None:
-            value, (low, high) = 100 * delta.task.accuracy, delta.task.interval
-            error = [[value - 100 * low], [100 * high - value]]
-            _point(axes, index, delta.name, delta.file_bytes, value, error)
-    for reference in comparison.candidates[:2]:
+        if delta.task is not None:
+            value, (low, high) = delta.task.accuracy, delta.task.interval
+            _point(axes, index, delta, 100 * value, (100 * (value - low), 100 * (high - value)))
+            told.append(f"{delta.name} {100 * value:.1f} % in {delta.file_bytes} bytes")
+    for reference, below in zip(comparison.candidates[:2], (True, False), strict=True):
         if reference.task is not None:
-            _level(axes, reference.name, 100 * reference.task.accuracy)
-    _byte_axis(axes, logarithmic=True)
+            _level(axes, reference.name, 100 * reference.task.accuracy, below=below)
+    _byte_axis(axes)
+    axes.margins(y=0.12)
     axes.set_ylabel("accuracy, % (95 % interval)")
-    axes.legend(loc="best")
-    return Plot(
-        "quality-accuracy",
-        "Task accuracy against bytes",
-        _told(deltas, "accuracy", lambda d: d.task and d.task.accuracy),
-        figure,
-    )
+    figure.legend(loc="outside upper left", ncols=2)
+    return Plot("quality", "accuracy", "Task accuracy against bytes", f"Task accuracy: {'; '.join(told)}.", figure)
 
 
-def _divergence(deltas: Sequence[Candidate]) -> Plot:
+def _divergence_plot(deltas: Sequence[Candidate]) -> Plot:
     figure, (axes,) = new_figure(5.2, 3.4)
+    told, logarithmic = [], all(delta.text is None or delta.text.kl > 0 for delta in deltas)
     for index, delta in enumerate(deltas):
-        if delta.text is not None and delta.file_bytes is not None:
+        if delta.text is not None:
             value, spread = delta.text.kl, 1.96 * delta.text.kl_error
-            _point(axes, index, delta.name, delta.file_bytes, value, [[min(spread, 0.9 * value)], [spread]])
-    if all(delta.text is None or delta.text.kl > 0 for delta in deltas):
+            _point(axes, index, delta, value, (min(spread, 0.9 * value), spread))
+            told.append(f"{delta.name} {value:.4g} in {delta.file_bytes} bytes")
+    if logarithmic:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    _byte_axis(axes, logarithmic=True)
+        _plain_numbers(axes.yaxis)
+    _byte_axis(axes)
     axes.set_ylabel("KL to the fine-tune, nats per token")
-    axes.legend(loc="best")
-    return Plot(
-        "quality-kl",
-        "Distance to the fine-tune against bytes",
-        _told(deltas, "KL", lambda d: d.text and d.text.kl),
-        figure,
-    )
+    figure.legend(loc="outside upper left", ncols=2)
+    description = f"KL from the fine-tune in nats per token: {'; '.join(told)}."
+    return Plot("quality", "kl", "Distance to the fine-tune against bytes", description, figure)
 
 
-def _bytes(details: Sequence[DeltaDetails]) -> Plot:
+def _file_plots(details: Sequence[DeltaDetails]) -> Iterator[Plot]:
+    if details:
+        yield _bytes_plot(details)
+    for measure, value in MEASURES.items():
+        if any(value(error) is not None for detail in details for error in detail.errors):
+            yield _kind_plot(details, measure)
+
+
+def _bytes_plot(details: Sequence[DeltaDetails]) -> Plot:
     figure, (axes,) = new_figure(10.6, 1.3 + 0.42 * len(details))
     left = np.zeros(len(details))
-    names = [detail.name for detail in details]
-    colours = ["series-1", "series-5", "series-2", "rule", "series-3", "series-4", "series-7"]
-    for place, colour in enumerate(colours):
-        label = byte_kinds(details[0])[place][0]
-        sizes = np.array([byte_kinds(detail)[place][1] for detail in details], dtype=float)
-        axes.barh(names, sizes, left=left, height=0.6, color=light(colour), label=label)
+    for kind, colour in BYTE_KINDS.items():
+        sizes = np.array([byte_kinds(detail)[kind] for detail in details], dtype=float)
+        names = [detail.name for detail in details]
+        axes.barh(names, sizes, left=left, height=0.6, color=light(colour), label=kind)
         left += sizes
     axes.invert_yaxis()
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0, labelcolor=light("ink"))
-    _byte_axis(axes, logarithmic=False)
+    _byte_axis(axes)
     figure.legend(loc="outside upper left", ncols=4)
-    told = "; ".join(
-        f"{detail.name}: " + ", ".join(f"{kind} {size}" for kind, size in byte_kinds(detail)) for detail in details
-    )
-    return Plot("bytes", "Bytes by kind", f"Bytes of each file by kind. {told}.", figure)
+    told = [
+        f"{detail.name}: " + ", ".join(f"{kind} {size}" for kind, size in byte_kinds(detail).items())
+        for detail in details
+    ]
+    return Plot("bytes", "bytes", "Bytes by kind", f"Bytes of each file by kind. {'; '.join(told)}.", figure)
 
 
-def _kind_errors(details: Sequence[DeltaDetails], measure: str, title: str) -> Plot:
+def _kind_plot(details: Sequence[DeltaDetails], measure: str) -> Plot:
     kinds = list(dict.fromkeys(kind for detail in details for kind in detail.kinds))
     figure, (axes,) = new_figure(5.2, 1.5 + 0.34 * len(kinds))
     for index, detail in enumerate(details):
         shift = 0.56 * ((index + 0.5) / len(details) - 0.5)
         label: str | None = detail.name
         for row, kind in enumerate(kinds):
-            values = [
-                value for error in detail.errors if error.kind == kind and (value := _value(error, measure)) is not None
-            ]
-            if not values:
-                continue
-            colour = series_colour(index)
-            axes.plot([min(values), max(values)], [row + shift] * 2, color=colour, linewidth=1.5, alpha=0.55)
-            axes.plot(
-                np.mean(values), row + shift, MARKERS[index % len(MARKERS)], color=colour, markersize=5.5,
-                linestyle="none", label=label,
-            )  # fmt: skip
-            label = None
+            values = [value for _, value in _errors(detail, kind, measure)]
+            if values:
+                _mean_and_range(axes, index, values, row + shift, label)
+                label = None
     axes.set_yticks(range(len(kinds)), kinds)
     axes.tick_params(axis="y", length=0, labelcolor=light("ink"))
-    axes.invert_yaxis()
+    axes.set_ylim(len(kinds) - 0.5, -0.5)
     axes.set_xlim(left=0)
     axes.set_xlabel("relative error; mark: mean, line: range over layers")
     figure.legend(loc="outside upper left", ncols=2)
-    return Plot(
-        f"errors-{measure}",
-        f"Relative {title}",
-        f"Relative {title} for each kind of projection and each delta.",
-        figure,
-    )
+    description = f"Relative error {measure} for each kind of projection and each delta, mean and range over layers."
+    return Plot("errors", f"error-{measure.split()[2]}", f"Relative error {measure}", description, figure)
 
 
-def _layer_errors(details: DeltaDetails, measured: Sequence[str], name: str) -> Plot:
-    figure, panels = new_figure(5.2 * len(measured), 3.4, columns=len(measured))
-    titles = {"weight": "of the delta", "output": "of its output on calibration data"}
-    for axes, measure in zip(panels, measured, strict=True):
-        for index, kind in enumerate(details.kinds):
-            points = [
-                (error.layer, value)
-                for error in details.errors
-                if error.kind == kind and (value := _value(error, measure)) is not None
-            ]
+def _layer_plots(details: DeltaDetails, index: int) -> Iterator[Plot]:
+    measures = [
+        measure for measure, value in MEASURES.items() if any(value(error) is not None for error in details.errors)
+    ]
+    if not measures:
+        return
+    figure, panels = new_figure(5.2 * len(measures), 3.4, columns=len(measures))
+    for axes, measure in zip(panels, measures, strict=True):
+        for place, kind in enumerate(details.kinds):
+            points = np.array(_errors(details, kind, measure)).reshape(-1, 2)
             axes.plot(
-                *zip(*points, strict=True), marker=MARKERS[index % len(MARKERS)], markersize=4.5, linewidth=1.2,
-                color=series_colour(index), label=kind if measure == measured[0] else None,
+                points[:, 0], points[:, 1], marker=MARKERS[place % len(MARKERS)], markersize=4.5, linewidth=1.2,
+                color=series_colour(place), label=kind if measure == measures[0] else None,
             )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.set_ylim(bottom=0)
         axes.set_xlabel("layer")
-        axes.set_title(titles[measure])
+        axes.set_title(measure)
     panels[0].set_ylabel("relative error")
     figure.legend(loc="outside upper left", ncols=7)
-    return Plot(
-        f"layers-{name}",
-        "Relative error per layer",
-        f"Relative error of every projection of {details.name} over layers.",
-        figure,
-    )
+    description = f"Relative error of every projection of {details.name} over layers."
+    yield Plot("layers", f"{index}-{details.name}-layers", "Relative error per layer", description, figure)
 
 
-def _spectrum(details: DeltaDetails, kind: str, spectra: Sequence[Spectrum], name: str) -> Plot:
+def _spectrum_plots(details: DeltaDetails, index: int) -> Iterator[Plot]:
+    for kind in details.kinds:
+        spectra = [spectrum for spectrum in details.spectra if spectrum.kind == kind and (spectrum.sigma > 0).any()]
+        if spectra:
+            yield _spectrum_plot(spectra, kind, f"{index}-{details.name}-{kind}")
+
+
+def _spectrum_plot(spectra: Sequence[Spectrum], kind: str, name: str) -> Plot:
     figure, (axes,) = new_figure(3.5, 2.5)
     shown = spectra[len(spectra) // 2]
     _shade_bands(axes, shown)
@@ -217,27 +211,27 @@ def _spectrum(details: DeltaDetails, kind: str, spectra: Sequence[Spectrum], nam
         axes.plot(ranks, middle, color=light("ink"), linewidth=1.2)
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xlim(0.8, curves.shape[1] + 0.5)
+    # Room above the curves for the bands' bit widths.
+    low, high = np.nanmin(curves), np.nanmax(curves)
+    axes.set_ylim(low / (high / low) ** 0.05 / 1.05, high * (high / low) ** 0.25 * 1.3)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axis.set_minor_formatter(NullFormatter())
-    axes.set_xlim(0.8, 1.05 * curves.shape[1] + 0.5)
+        _plain_numbers(axis)
     axes.set_xlabel("rank")
     axes.set_title(kind)
     bands = ", ".join(f"{rank} ranks at {bits} bits" for bits, rank in shown.bands)
-    return Plot(
-        f"spectrum-{name}-{kind}", kind, f"Singular values of {kind} over ranks, falling; bands: {bands}.", figure
-    )
+    description = f"Singular values of {kind} over ranks, falling; bands: {bands}."
+    return Plot("spectrum", name, kind, description, figure)
 
 
 def _shade_bands(axes: Axes, spectrum: Spectrum) -> None:
-    start = 0.0
+    start = 0
     for bits, rank in spectrum.bands:
         left, right = max(start + 0.5, 0.8), start + rank + 0.5
         axes.axvspan(left, right, color=band_colour(bits), alpha=0.28, linewidth=0)
-        middle = (left * right) ** 0.5
         axes.text(
-            middle, 0.97, str(bits), transform=axes.get_xaxis_transform(), ha="center", va="top", fontsize=9,
-            fontweight="bold", color=band_colour(bits),
+            (left * right) ** 0.5, 0.97, str(bits), transform=axes.get_xaxis_transform(), ha="center", va="top",
+            fontsize=9, fontweight="bold", color=band_colour(bits),
         )  # fmt: skip
         start += rank
 
@@ -251,43 +245,48 @@ def _padded(rows: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
     return matrix
 
 
-def _point(axes: Axes, index: int, name: str, x: float, y: float, error: list[list[float]]) -> None:
+def _errors(details: DeltaDetails, kind: str, measure: str) -> list[tuple[int, float]]:
+    """(layer, error) of a kind of projection, where one was recorded."""
+    of = MEASURES[measure]
+    return [(error.layer, value) for error in details.errors if error.kind == kind and (value := of(error)) is not None]
+
+
+def _mean_and_range(axes: Axes, index: int, values: Sequence[float], y: float, label: str | None) -> None:
+    colour, marker = series_colour(index), MARKERS[index % len(MARKERS)]
+    axes.plot([min(values), max(values)], [y, y], color=colour, linewidth=1.5, alpha=0.55)
+    axes.plot(np.mean(values), y, marker, color=colour, markersize=5.5, linestyle="none", label=label)
+
+
+def _point(axes: Axes, index: int, delta: Candidate, y: float, error: tuple[float, float]) -> None:
     axes.errorbar(
-        x, y, yerr=error, fmt=MARKERS[index % len(MARKERS)], color=series_colour(index), markersize=8,
-        elinewidth=1.3, capsize=3, label=name,
+        delta.file_bytes, y, yerr=[[error[0]], [error[1]]], fmt=MARKERS[index % len(MARKERS)], markersize=8,
+        color=series_colour(index), elinewidth=1.3, capsize=3, label=delta.name,
     )  # fmt: skip
 
 
-def _level(axes: Axes, name: str, value: float) -> None:
+def _level(axes: Axes, name: str, value: float, *, below: bool) -> None:
+    """A reference as a dashed line across; its name stands above or below, so that equal ones stay legible."""
     axes.axhline(value, color=light("muted"), linewidth=1, linestyle=(0, (4, 3)))
     axes.annotate(
-        name, (1, value), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right",
-        va="bottom", color=light("muted"), fontsize=9,
+        name, (0, value), xycoords=("axes fraction", "data"), xytext=(5, -3 if below else 2),
+        textcoords="offset points", ha="left", va="top" if below else "bottom", color=light("muted"), fontsize=9,
     )  # fmt: skip
 
 
-def _byte_axis(axes: Axes, *, logarithmic: bool) -> None:
-    low, high = axes.get_xlim()
-    unit, name = next(
-        (unit, name)
-        for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "bytes"))
-        if high >= unit or unit == 1
-    )
-    if logarithmic:
-        # Equal byte counts are what is compared: leave room at both sides, or they would sit on the frame.
-        axes.set_xlim(max(low, high / 1e6) / 1.6, high * 1.6) if low > 0 else axes.set_xlim(0, 1.15 * high)
+def _byte_axis(axes: Axes) -> None:
+    """Bytes from zero on, in a unit that suits them."""
+    axes.autoscale_view()
+    high = axes.get_xlim()[1]
+    axes.set_xlim(0, high if axes.patches else 1.1 * high)
+    unit, name = next((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B")) if high >= unit)
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value / unit:g}"))
-    axes.set_xlabel(f"bytes of the whole file, {name}")
+    axes.set_xlabel(f"whole file, {name}")
 
 
-def _told(deltas: Sequence[Candidate], quality: str, value: Callable[[Candidate], float | None]) -> str:
-    parts = [
-        f"{delta.name}: {delta.file_bytes} bytes, {quality} {found:.4g}"
-        for delta in deltas
-        if (found := value(delta)) is not None
-    ]
-    return "; ".join(parts) + "."
-
-
-def _value(error: LayerError, measure: str) -> float | None:
-    return error.weight if measure == "weight" else error.output
+def _plain_numbers(axis: Axes) -> None:
+    """Ticks of a logarithmic axis at 1, 2 and 5 if it spans little, without powers of ten."""
+    low, high = axis.get_view_interval()
+    narrow = high / low < 60
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if narrow else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())

@@ -13,10 +13,11 @@ from markupsafe import Markup
 
 from deltaweave.evaluation import Candidate, Comparison
 from deltaweave.formats import DeltaweaveError
-from deltaweave.formats.container import write_atomically
+from deltaweave.formats.container import write_atomically, write_pieces
 from deltaweave.report.details import DeltaDetails, read_details
 from deltaweave.report.figures import Plot, byte_kinds, comparison_plots, delta_plots
 from deltaweave.report.style import BITS, COLOURS, to_png, to_svg
+from deltaweave.units import format_bytes, one_over, percent
 
 __all__ = ["save_plots", "write_report"]
 
@@ -49,7 +50,7 @@ def write_report(
         raise DeltaweaveError(f"{path}: exists (--force replaces it)")
     page = _render(comparison, read_details(deltas), command).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda write: write(page))
+    write_atomically(path, lambda write: write_pieces(write, [page], []))
     return path
 
 
@@ -72,9 +73,9 @@ def save_plots(folder: str | Path, comparison: Comparison, deltas: Sequence[str 
 class Drawing:
     """A plot as the page shows it."""
 
+    kind: str
     title: str
     svg: Markup
-    kind: str
 
 
 def _all_plots(comparison: Comparison, details: Sequence[DeltaDetails]) -> Iterable[Plot]:
@@ -107,10 +108,7 @@ def _render(comparison: Comparison, details: Sequence[DeltaDetails], command: st
 
 
 def _drawings(plots: Iterable[Plot]) -> list[Drawing]:
-    return [
-        Drawing(plot.title, Markup(to_svg(plot.figure, plot.name, plot.description)), plot.name.partition("-")[0])
-        for plot in plots
-    ]
+    return [Drawing(plot.kind, plot.title, Markup(to_svg(plot.figure, plot.name, plot.description))) for plot in plots]
 
 
 def _row(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
@@ -137,22 +135,3 @@ def _headline(comparison: Comparison, details: Sequence[DeltaDetails]) -> str:
 def _quality(candidate: Candidate) -> tuple[float, float]:
     task = candidate.task.accuracy if candidate.task is not None else 0.0
     return task, -candidate.text.kl if candidate.text is not None else 0.0
-
-
-def format_bytes(count: float) -> str:
-    """A byte count for people: 870 MB, 1.2 kB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(count) < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def one_over(ratio: float | None) -> str:
-    """A ratio as 1/N; nothing for None."""
-    return "" if not ratio else "1" if ratio == 1 else f"1/{1 / ratio:.1f}"
-
-
-def percent(share: float) -> str:
-    """A share in percent."""
-    return f"{100 * share:.1f} %"

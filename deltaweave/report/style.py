@@ -5,13 +5,27 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-__all__ = ["BITS", "COLOURS", "MARKERS", "Axes", "band_colour", "new_figure", "series_colour", "to_png", "to_svg"]
+__all__ = [
+    "BITS",
+    "COLOURS",
+    "MARKERS",
+    "Axes",
+    "band_colour",
+    "light",
+    "new_figure",
+    "plot_style",
+    "series_colour",
+    "to_png",
+    "to_svg",
+]
 
 Axes = Any  # matplotlib has no types
 
@@ -57,11 +71,46 @@ def band_colour(bits: int) -> str:
     return light(f"bits-{bits}")
 
 
+SETTINGS: dict[str, Any] = {
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.labelsize": 9.5,
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "legend.fontsize": 9,
+    "legend.frameon": False,
+    "text.color": light("ink"),
+    "axes.titlecolor": light("ink"),
+    "axes.labelcolor": light("muted"),
+    "axes.edgecolor": light("rule"),
+    "xtick.color": light("rule"),
+    "ytick.color": light("rule"),
+    "xtick.labelcolor": light("muted"),
+    "ytick.labelcolor": light("muted"),
+    "axes.grid": True,
+    "grid.color": light("rule"),
+    "grid.linewidth": 0.6,
+    "axes.facecolor": "none",
+    "figure.facecolor": "none",
+    # Names come from files: a dollar sign in one is no formula.
+    "text.parse_math": False,
+}
+
+
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """Drawing inside looks as the report does."""
+    with matplotlib.rc_context(SETTINGS):
+        yield
+
+
 def new_figure(width: float, height: float, columns: int = 1) -> tuple[Figure, list[Axes]]:
-    """An empty figure of some inches with axes side by side."""
-    with matplotlib.rc_context(_settings()):
-        figure = Figure(figsize=(width, height), layout="constrained")
-        axes = figure.subplots(1, columns, squeeze=False)[0]
+    """An empty figure of some inches with axes side by side; to be called, and drawn on, within `plot_style`."""
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.subplots(1, columns, squeeze=False)[0]
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_axisbelow(True)
@@ -77,7 +126,7 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
         description: what a screen reader says instead.
     """
     stream = io.StringIO()
-    settings = {**_settings(), "svg.fonttype": "none", "svg.hashsalt": name}
+    settings = {**SETTINGS, "svg.fonttype": "none", "svg.hashsalt": name}
     with matplotlib.rc_context(settings):
         FigureCanvasSVG(figure).print_svg(stream, metadata={"Date": None, "Creator": None})
     drawing = stream.getvalue()
@@ -86,17 +135,14 @@ def to_svg(figure: Figure, name: str, description: str) -> str:
     drawing = re.sub(r"font: ([^;\"]*?)px [^;\"]*", r"font: \1px var(--font)", drawing)
     for colour, (value, _) in COLOURS.items():
         drawing = drawing.replace(value, f"var(--{colour})")
-    label = f'<svg role="img" aria-label="{_attribute(description)}"'
-    return (
-        drawing.replace("<svg", label, 1)
-        .replace(' width="', ' data-width="', 1)
-        .replace(' height="', ' data-height="', 1)
-    )
+    # The page decides how wide it is; the view box keeps its proportions.
+    drawing = re.sub(r' (?:width|height)="[^"]*pt"', "", drawing, count=2)
+    return drawing.replace("<svg", f'<svg role="img" aria-label="{_attribute(description)}"', 1)
 
 
 def to_png(figure: Figure, path: Any) -> None:
     """Writes the drawing with light colours on white."""
-    with matplotlib.rc_context(_settings()):
+    with plot_style():
         figure.savefig(path, dpi=160, facecolor="white", metadata={"Software": None})
 
 
@@ -104,33 +150,3 @@ def _attribute(text: str) -> str:
     for character, entity in (("&", "&amp;"), ('"', "&quot;"), ("<", "&lt;")):
         text = text.replace(character, entity)
     return text
-
-
-def _settings() -> dict[str, Any]:
-    return {
-        "font.family": "sans-serif",
-        "font.size": 10,
-        "axes.titlesize": 10.5,
-        "axes.titlelocation": "left",
-        "axes.titleweight": "bold",
-        "axes.labelsize": 9.5,
-        "xtick.labelsize": 9,
-        "ytick.labelsize": 9,
-        "legend.fontsize": 9,
-        "legend.frameon": False,
-        "text.color": light("ink"),
-        "axes.titlecolor": light("ink"),
-        "axes.labelcolor": light("muted"),
-        "axes.edgecolor": light("rule"),
-        "xtick.color": light("rule"),
-        "ytick.color": light("rule"),
-        "xtick.labelcolor": light("muted"),
-        "ytick.labelcolor": light("muted"),
-        "axes.grid": True,
-        "grid.color": light("rule"),
-        "grid.linewidth": 0.6,
-        "axes.facecolor": "none",
-        "figure.facecolor": "none",
-        # Names come from files: a dollar sign in one is no formula.
-        "text.parse_math": False,
-    }
