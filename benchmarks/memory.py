@@ -30,6 +30,13 @@ from helpers import tiny_tokenizer
 
 HIDDEN, MLP, HEADS, KV_HEADS = 1536, 8960, 12, 2  # Qwen2-1.5B
 LIMIT = 2.5e9
+CHILD = """
+import sys
+from deltaweave.converter import CompressionOptions, compress
+base, tuned, output, samples, length, device = sys.argv[1:]
+options = CompressionOptions(samples=int(samples), sequence_length=int(length), device=device)
+compress(base, tuned, output, options)
+"""
 
 
 def main() -> None:
@@ -37,6 +44,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--device", default="cpu", help="where compress runs")
     parser.add_argument("--folder", type=Path, help="where the pairs are written [default: a temporary folder]")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
@@ -44,13 +52,13 @@ def main() -> None:
     for layers in arguments.layers:
         folder = Path(tempfile.mkdtemp(dir=arguments.folder))
         try:
-            rows.append(measure(folder, layers, arguments.samples, arguments.sequence_length))
+            rows.append(measure(folder, layers, arguments.samples, arguments.sequence_length, arguments.device))
         finally:
             shutil.rmtree(folder)
         print(json.dumps(rows[-1]), flush=True)
     result = {
         "date": date.today().isoformat(),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
+        "device": device_name(arguments.device),
         "torch": torch.__version__,
         "command": "python " + " ".join(sys.argv),
         "limit_bytes": LIMIT,
@@ -62,12 +70,11 @@ def main() -> None:
     sys.exit(0 if max(row["peak_anonymous_bytes"] for row in rows) < LIMIT else 1)
 
 
-def measure(folder: Path, layers: int, samples: int, length: int) -> dict[str, float]:
+def measure(folder: Path, layers: int, samples: int, length: int, device: str) -> dict[str, float]:
     base, tuned = write_pair(folder, layers)
-    command = [sys.executable, "-m", "deltaweave", "compress", "--base", str(base), "--tuned", str(tuned)]
-    command += ["-o", str(folder / "delta.safetensors"), "--samples", str(samples), "--sequence-length", str(length)]
+    command = [sys.executable, "-c", CHILD, str(base), str(tuned), str(folder / "delta.safetensors")]
     start = time.monotonic()
-    process = subprocess.Popen([*command, "--device", "cpu"], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(samples), str(length), device], stdout=subprocess.DEVNULL)
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
@@ -82,6 +89,12 @@ def measure(folder: Path, layers: int, samples: int, length: int) -> dict[str, f
         "peak_anonymous_bytes": peak,
         "seconds": round(seconds, 1),
     }
+
+
+def device_name(device: str) -> str:
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def anonymous_bytes(process: int) -> int:

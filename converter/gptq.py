@@ -25,26 +25,33 @@ class ColumnQuantizer(Protocol):
         ...
 
 
-def inverse_factor(hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """The upper Cholesky factor of the damped Hessian's inverse.
+def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
+    """The upper Cholesky factor of the damped Hessian's inverse, in the order of visits.
+
+    Never holds more than two matrices of the Hessian's size beside it: at 11008 columns each takes 485 MB.
 
     Args:
-        hessian: [columns, columns] float32, positive semi-definite with no zero on its diagonal; overwritten.
+        hessian: [columns, columns] float32, positive semi-definite; left as it is. Columns that never saw an input
+            count as independent of all others.
+        order: [columns] int64, the permutation.
         damping: added to the diagonal, relative to its mean. Raised tenfold until the factorization succeeds.
 
     Returns:
-        [columns, columns] float32 upper triangular R with inverse(hessian) = R^T R.
+        [columns, columns] float32 upper triangular R with inverse(permuted hessian) = R^T R.
     """
-    diagonal = hessian.diagonal()
+    damped = hessian[order[:, None], order]
+    diagonal = damped.diagonal()
+    diagonal[diagonal == 0] = 1
     step = damping * float(diagonal.mean())
     added = 0.0
     while True:
         diagonal += step - added
         added = step
-        factor, info = torch.linalg.cholesky_ex(hessian)
+        factor, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             break
         step *= 10
+    del damped, diagonal
     inverse = torch.cholesky_inverse(factor)
     del factor
     upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
@@ -63,7 +70,7 @@ def gptq(
 
     Args:
         weight: [rows, columns] float32; left as it is.
-        hessian: [columns, columns] float32 second moment of the inputs that `weight` multiplies; overwritten.
+        hessian: [columns, columns] float32 second moment of the inputs that `weight` multiplies; left as it is.
         quantizer: the grids; visited once per column.
         damping: relative to the mean of the Hessian's diagonal.
         activation_order: visit columns by falling diagonal of the Hessian.
@@ -72,16 +79,13 @@ def gptq(
         [rows, columns] float32: the dequantized matrix. Columns that never saw an input (zero on the diagonal) are
         set to zero, as in the published code.
     """
-    weight = weight.clone()
     dead = hessian.diagonal() == 0
-    hessian.diagonal()[dead] = 1
-    weight[:, dead] = 0
     order = torch.arange(weight.shape[1], device=weight.device)
     if activation_order:
         order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        weight, hessian = weight[:, order], hessian[order][:, order]
-    factor = inverse_factor(hessian, damping)
-    del hessian
+    weight = weight[:, order]
+    weight[:, dead[order]] = 0
+    factor = inverse_factor(hessian, order, damping)
     visits = order.tolist()
     for start in range(0, len(visits), BLOCK):
         stop = min(start + BLOCK, len(visits))

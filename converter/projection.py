@@ -82,7 +82,7 @@ def _quantize_v(
         quantizer = VectorsAsRows(vectors, bits, recipe.group_size)
         gptq(
             vectors,
-            hessian.clone(),
+            hessian,
             quantizer,
             damping=recipe.damping,
             activation_order=recipe.activation_order,
