@@ -18,7 +18,7 @@ from deltaweave.runtime_plugin.pytorch import attach
 __all__ = ["generate"]
 
 
-class _Streamer(TextStreamer):
+class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
     """Hands every finished piece of text to a function."""
 
     def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
@@ -83,7 +83,7 @@ def generate(
             if write:
                 write(piece)
 
-        with attach(model, opened), torch.no_grad():
+        with attach(model, opened, accept_base=True), torch.no_grad():  # the base was checked above
             model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),

@@ -3,21 +3,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import torch
+from deltaweave.formats import (
+    BaseIdentity,
+    BaseRecord,
+    Delta,
+    DeltaweaveError,
+    Record,
+    ReplaceRecord,
+    tensor_digest,
+)
+from deltaweave.runtime_plugin.pytorch.modules import MatrixRecord, TunedEmbedding, TunedLinear, shared_linear
+from deltaweave.runtime_plugin.pytorch.packed import exact_tensor
 from torch import nn
-from torch.nn.functional import linear
-
-from deltaweave.formats import BaseRecord, DeltaweaveError, DenseRecord, Delta, ExactArray, FactoredRecord
-from deltaweave.formats import Record, ReplaceRecord, RowsRecord
-from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta
-from deltaweave.runtime_plugin.pytorch.reference import delta_linear, delta_rows, dense_linear
+from transformers import GenerationConfig, PretrainedConfig
 
 __all__ = ["AttachError", "Attachment", "attach"]
+
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Bytes of the base's smallest tensors that are compared with the delta's digests: a tenth of a second.
+CHECKED_BYTES = 1 << 26
+# Settings of a decoder that may differ between base and fine-tune: they steer training and generation, or repeat what
+# other settings and the tensors say.
+FREE_SETTINGS = {
+    "attention_dropout",
+    "bos_token_id",
+    "eos_token_id",
+    "initializer_range",
+    "max_position_embeddings",
+    "max_window_layers",
+    "pad_token_id",
+    "pretraining_tp",
+    "rope_parameters",  # served: see _rotary_swaps
+    "tie_word_embeddings",
+    "use_cache",
+    "use_sliding_window",
+    "vocab_size",
+}
 
 
 class AttachError(DeltaweaveError, ValueError):
@@ -25,198 +53,211 @@ class AttachError(DeltaweaveError, ValueError):
 
 
 class Attachment:
-    """A delta on a model; `detach` (or leaving the `with` block) gives back the very modules that were there."""
+    """A delta on a model; `detach` (or leaving the `with` block) gives back the very objects that were there."""
 
-    def __init__(self, model: nn.Module) -> None:
-        """Nothing attached yet; `attach` fills it."""
-        self.model = model
-        self._undo: list[Callable[[], None]] = []
+    def __init__(self, swaps: list[_Swap]) -> None:
+        """Carries out the swaps; use `attach`."""
+        self._undo: list[_Swap] = []
+        for swap in swaps:
+            self._undo.append(_Swap(swap.owner, swap.name, getattr(swap.owner, swap.name)))
+            setattr(swap.owner, swap.name, swap.value)
 
     def detach(self) -> None:
         """Restores the base, in reverse order; a second call does nothing."""
         while self._undo:
-            self._undo.pop()()
+            swap = self._undo.pop()
+            setattr(swap.owner, swap.name, swap.value)
 
     def __enter__(self) -> Attachment:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.detach()
 
-    def replace_module(self, name: str, module: nn.Module) -> None:
-        """Puts a module in another one's place until `detach`."""
-        before = self.model.get_submodule(name)
-        self.model.set_submodule(name, module)
-        self._undo.append(lambda: self.model.set_submodule(name, before))
 
-    def replace_parameter(self, name: str, values: torch.Tensor) -> None:
-        """Gives a module another parameter until `detach`; a bias may come where none was."""
-        owner_name, _, leaf = name.rpartition(".")
-        owner = self.model.get_submodule(owner_name)
-        before = getattr(owner, leaf)
-        setattr(owner, leaf, nn.Parameter(values, requires_grad=False))
-        self._undo.append(lambda: setattr(owner, leaf, before))
+@dataclass(frozen=True)
+class _Swap:
+    """An attribute of a module or configuration, and the value it is to take."""
 
-    def replace_vocabulary(self, size: int) -> None:
-        """Tells the model its vocabulary's size until `detach`."""
-        config: Any = self.model.config
-        before = config.vocab_size
-        config.vocab_size = size
-        self._undo.append(lambda: setattr(config, "vocab_size", before))
+    owner: Any
+    name: str
+    value: Any
 
 
-class DeltaLinear(nn.Module):
-    """A base projection plus its delta."""
-
-    def __init__(self, base: nn.Linear, delta: FactoredDelta | DenseDelta) -> None:
-        super().__init__()
-        self.base, self.delta = base, delta
-        self.in_features, self.out_features = base.in_features, base.out_features
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's weight."""
-        return self.base.weight
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        added = delta_linear(x, self.delta) if isinstance(self.delta, FactoredDelta) else dense_linear(x, self.delta)
-        result: torch.Tensor = self.base(x) + added
-        return result
-
-
-class _TokenRows(nn.Module):
-    """A base matrix with a row per token, of which some rows are replaced, or all have a quantized delta.
-
-    The tuned matrix may have more rows than the base's (zero where nothing is said) or fewer.
-    """
-
-    def __init__(self, weight: torch.Tensor, record: RowsRecord | DenseRecord) -> None:
-        super().__init__()
-        self.weight, self.rows = weight, record.shape[0]
-        self.known = min(len(weight), self.rows)
-        self.dense = DenseDelta.of(record, weight.device) if isinstance(record, DenseRecord) else None
-        self.indices = torch.zeros(0, dtype=torch.int64, device=weight.device)
-        self.values = weight[:0]
-        if isinstance(record, RowsRecord):
-            self.indices = torch.from_numpy(np.array(record.indices)).to(weight.device, torch.int64)
-            self.values = _exact(record.values).to(weight)
-        self.place = torch.full((self.rows,), -1, device=weight.device)
-        self.place[self.indices] = torch.arange(len(self.indices), device=weight.device)
-
-
-class DeltaEmbedding(_TokenRows):
-    """Input embeddings: looks up the base's row, then what the delta says of it."""
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        found = self.weight[tokens.clamp_max(self.known - 1)] * (tokens < self.known)[..., None]
-        if self.dense is not None:
-            return (found.float() + delta_rows(tokens, self.dense)).to(found.dtype)
-        place = self.place[tokens]
-        if not len(self.values):
-            return found
-        return torch.where((place >= 0)[..., None], self.values[place.clamp_min(0)], found)
-
-
-class DeltaHead(_TokenRows):
-    """lm_head: the base's logits, then what the delta says of them."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = x.new_zeros(*x.shape[:-1], self.rows)
-        logits[..., : self.known] = linear(x, self.weight[: self.known])
-        if self.dense is not None:
-            return (logits.float() + dense_linear(x.float(), self.dense)).to(x.dtype)
-        logits[..., self.indices] = linear(x, self.values)
-        return logits
-
-
-def attach(model: nn.Module, delta: Delta) -> Attachment:
+def attach(model: nn.Module, delta: Delta, *, accept_base: bool = False) -> Attachment:
     """Makes a base model compute its fine-tune.
 
-    Projections, biases, norms, embeddings and lm_head all follow the delta; the base's weights are left as they are.
-    Check the base first (`require_base`): this function sees names and shapes only.
+    Projections, norms, biases, embeddings, lm_head, rotary embeddings and generation settings all follow the delta; the
+    base's weights are left as they are. Put the model on its device first.
 
     Args:
         model: a Hugging Face causal language model holding the base's weights.
         delta: opened; may be closed afterwards.
+        accept_base: do not compare the model's weights with the base that the delta was made from (needed for casts
+            that lose bits, and for quantized bases).
 
     Returns:
         The attachment, whose `detach` restores the base.
 
     Raises:
-        AttachError: a record whose parameter the model lacks, or has in another shape.
+        AttachError: another base; a parameter that the model lacks, or has in another shape; a setting of the fine-tune
+            that the model cannot follow.
     """
-    attachment = Attachment(model)
-    try:
-        # Parameters before modules: a projection's bias must be in place when the projection is wrapped.
-        records = sorted(delta.records(), key=lambda item: not isinstance(item[1], ReplaceRecord))
-        for name, record in records:
-            _attach_record(attachment, name, record)
-        _attach_tied(attachment, delta)
-    except BaseException:
-        attachment.detach()
-        raise
-    return attachment
+    swaps = [*_setting_swaps(model, delta), *_record_swaps(model, delta), *_untied_swaps(model, delta)]
+    if not accept_base:
+        _require_base(model, delta.header.base)
+    return Attachment(swaps)
 
 
-def _attach_record(attachment: Attachment, name: str, record: Record) -> None:
+def _record_swaps(model: nn.Module, delta: Delta) -> Iterator[_Swap]:
+    for name, record in delta.records():
+        yield _swap(model, name, record)
+        for alias in _aliases(delta, name):
+            yield _alias_swap(model, name, alias, record)
+
+
+def _untied_swaps(model: nn.Module, delta: Delta) -> Iterator[_Swap]:
+    """Parameters that are tied in the fine-tune alone, and have no record: they take the base's other one."""
+    for alias, owner in delta.header.architecture.tied.items():
+        weight = _parameter(model, owner)
+        if owner not in delta.names and weight is not _parameter(model, alias):
+            yield _alias_swap(model, owner, alias, BaseRecord(tuple(weight.shape)))
+
+
+def _swap(model: nn.Module, name: str, record: Record) -> _Swap:
+    """What a record changes: a parameter's values, or the module around a matrix."""
+    module = _module(model, name)
+    if isinstance(record, ReplaceRecord):
+        return _Swap(module, name.rpartition(".")[2], _replacement(module, name, record))
+    return _module_swap(model, name, _tuned_module(module, name, record))
+
+
+def _alias_swap(model: nn.Module, owner: str, alias: str, record: Record) -> _Swap:
+    """The same change for a parameter that shares the owner's storage: a tied lm_head."""
+    weight = _parameter(model, owner)
+    if isinstance(record, ReplaceRecord):
+        return _module_swap(model, alias, shared_linear(_replacement(_module(model, owner), owner, record)))
+    _require_shape(alias, tuple(weight.shape), record)
+    return _module_swap(model, alias, TunedLinear(shared_linear(weight), record))
+
+
+def _module_swap(model: nn.Module, name: str, module: nn.Module) -> _Swap:
+    parent, _, child = name.removesuffix(".weight").rpartition(".")
+    return _Swap(model.get_submodule(parent), child, module)
+
+
+def _tuned_module(module: nn.Module, name: str, record: MatrixRecord) -> nn.Module:
+    if isinstance(module, nn.Linear):
+        _require_shape(name, (module.out_features, module.in_features), record)
+        return TunedLinear(module, record)
+    if isinstance(module, nn.Embedding):
+        _require_shape(name, (module.num_embeddings, module.embedding_dim), record)
+        return TunedEmbedding(module, record)
+    raise AttachError(f"{name}: the model has a {type(module).__name__} there, expected a linear layer or an embedding")
+
+
+def _replacement(module: nn.Module, name: str, record: ReplaceRecord) -> nn.Parameter:
+    """New values for a parameter; a bias may come where the layer had none."""
+    before: torch.Tensor | None = getattr(module, name.rpartition(".")[2])
+    likeness: torch.Tensor = module.get_parameter("weight") if before is None else before
+    shape = likeness.shape[:1] if before is None else likeness.shape
+    if tuple(shape) != record.shape:
+        raise AttachError(f"{name}: the model has shape {list(shape)}, the delta {list(record.shape)}")
+    return nn.Parameter(exact_tensor(record.values).to(likeness, copy=True), requires_grad=False)
+
+
+def _require_shape(name: str, shape: tuple[int, ...], record: MatrixRecord) -> None:
+    """Vocabularies may grow and shrink; everything else has the base's shape."""
+    vocabulary = "embed_tokens" in name or name.startswith("lm_head.")
+    if shape[1:] != record.shape[1:] or (shape != record.shape and not vocabulary):
+        raise AttachError(f"{name}: the model has shape {list(shape)}, the delta {list(record.shape)}")
+
+
+def _module(model: nn.Module, name: str) -> nn.Module:
+    """The module that has a parameter, or has a place for it."""
     module_name, _, leaf = name.rpartition(".")
     try:
-        module = attachment.model.get_submodule(module_name)
+        module = model.get_submodule(module_name)
     except AttributeError as error:
         raise AttachError(f"{name}: the model has no module {module_name}") from error
-    if isinstance(record, BaseRecord):
+    if isinstance(module, (TunedLinear, TunedEmbedding)):
+        raise AttachError("the model has a delta attached already; detach it first")
+    if leaf not in module._parameters:
+        raise AttachError(f"{name}: the model's {module_name} has no {leaf}")
+    return module
+
+
+def _parameter(model: nn.Module, name: str) -> nn.Parameter:
+    parameter: nn.Parameter = getattr(_module(model, name), name.rpartition(".")[2])
+    return parameter
+
+
+def _aliases(delta: Delta, owner: str) -> list[str]:
+    return [alias for alias, name in delta.header.architecture.tied.items() if name == owner]
+
+
+def _setting_swaps(model: nn.Module, delta: Delta) -> Iterator[_Swap]:
+    """Vocabulary size, rotary embeddings and generation settings, where the fine-tune brings its own."""
+    base: PretrainedConfig = model.config
+    if base.model_type != delta.header.architecture.model_type:
+        raise AttachError(f"the model is a {base.model_type}, the delta is of a {delta.header.architecture.model_type}")
+    config = _carried_json(delta, "config.json")
+    if config is not None:
+        tuned = type(base).from_dict(config)
+        _require_same_settings(base, tuned)
+        yield _Swap(base, "vocab_size", tuned.vocab_size)
+        yield from _rotary_swaps(model, tuned)
+    generation = _carried_json(delta, "generation_config.json")
+    if generation is not None and hasattr(model, "generation_config"):
+        yield _Swap(model, "generation_config", GenerationConfig.from_dict(generation))
+
+
+def _require_same_settings(base: PretrainedConfig, tuned: PretrainedConfig) -> None:
+    """Refuses a fine-tune whose decoder computes otherwise; settings of no decoder are of no interest."""
+    settings = set(type(base)().to_dict()) - set(PretrainedConfig().to_dict()) - FREE_SETTINGS
+    for name in sorted(settings):
+        before, after = getattr(base, name), getattr(tuned, name)
+        if before != after:
+            raise AttachError(f"config.json: the model has {name} {before}, the delta {after}")
+
+
+def _rotary_swaps(model: nn.Module, tuned: PretrainedConfig) -> Iterator[_Swap]:
+    base: PretrainedConfig = model.config
+    if tuned.rope_parameters == base.rope_parameters:
         return
-    if isinstance(record, ReplaceRecord):
-        weight = getattr(module, leaf, None)
-        if weight is not None and weight.shape != record.shape:
-            raise AttachError(f"{name}: the model has shape {list(weight.shape)}, the delta {list(record.shape)}")
-        attachment.replace_parameter(name, _exact(record.values).to(next(module.parameters())))
-    elif isinstance(module, nn.Embedding):
-        _require_columns(name, module.weight, record)
-        attachment.replace_module(module_name, DeltaEmbedding(module.weight, _token_record(name, record)))
-        attachment.replace_vocabulary(record.shape[0])
-    elif isinstance(module, nn.Linear):
-        _attach_linear(attachment, name, module, record)
-    else:
-        raise AttachError(f"{name}: a {type(record).__name__} fits no {type(module).__name__}")
+    decoder = model.get_submodule("model")
+    rotary = decoder.get_submodule("rotary_emb")
+    device = next(model.parameters()).device
+    yield _Swap(decoder, "rotary_emb", type(rotary)(config=tuned).to(device))
 
 
-def _attach_linear(attachment: Attachment, name: str, module: nn.Linear, record: Record) -> None:
-    module_name = name.removesuffix(".weight")
-    _require_columns(name, module.weight, record)
-    same_rows = record.shape[0] == module.out_features
-    if isinstance(record, RowsRecord) or not same_rows:
-        attachment.replace_module(module_name, DeltaHead(module.weight, _token_record(name, record)))
-        return
-    device = module.weight.device
-    if isinstance(record, FactoredRecord):
-        attachment.replace_module(module_name, DeltaLinear(module, FactoredDelta.of(record, device)))
-    elif isinstance(record, DenseRecord):
-        attachment.replace_module(module_name, DeltaLinear(module, DenseDelta.of(record, device)))
+def _carried_json(delta: Delta, name: str) -> dict[str, Any] | None:
+    if name not in delta.header.files:
+        return None
+    try:
+        content = json.loads(delta.file(name))
+    except ValueError as error:
+        raise AttachError(f"{delta.path}: carried file {name} is not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise AttachError(f"{delta.path}: carried file {name} holds {type(content).__name__}, expected an object")
+    return content
 
 
-def _attach_tied(attachment: Attachment, delta: Delta) -> None:
-    """An alias of a changed parameter follows it: a tied lm_head takes the embedding's record."""
-    for alias, owner in delta.header.architecture.tied.items():
-        if owner not in delta.names:
+def _require_base(model: nn.Module, base: BaseIdentity) -> None:
+    """Compares the smallest tensors with the base's digests; a lossless cast passes."""
+    state, left = model.state_dict(), CHECKED_BYTES
+    for name, entry in sorted(base.tensors.items(), key=lambda item: (torch.Size(item[1].shape).numel(), item[0])):
+        tensor = state.get(name)
+        if tensor is None or entry.dtype not in DTYPES or tuple(tensor.shape) != entry.shape:
             continue
-        head = attachment.model.get_submodule(alias.removesuffix(".weight"))
-        record = delta.record(owner)
-        if isinstance(record, (RowsRecord, DenseRecord)) and isinstance(head, nn.Linear):
-            attachment.replace_module(alias.removesuffix(".weight"), DeltaHead(head.weight, record))
-
-
-def _token_record(name: str, record: Record) -> RowsRecord | DenseRecord:
-    if not isinstance(record, (RowsRecord, DenseRecord)):
-        raise AttachError(f"{name}: a {type(record).__name__} cannot change the number of rows")
-    return record
-
-
-def _require_columns(name: str, weight: torch.Tensor, record: Record) -> None:
-    grows = isinstance(record, (RowsRecord, DenseRecord))
-    if weight.shape[1:] != record.shape[1:] or (len(weight) != record.shape[0] and not grows):
-        raise AttachError(f"{name}: the model has shape {list(weight.shape)}, the delta {list(record.shape)}")
-
-
-def _exact(values: ExactArray) -> torch.Tensor:
-    return torch.from_numpy(np.array(values.to_float32()))
+        stored = tensor.to(DTYPES[entry.dtype]).contiguous().cpu()
+        left -= stored.nbytes
+        if left < 0:
+            return
+        if tensor_digest(stored.view(-1).view(torch.uint8).numpy().data) != entry.sha256:
+            raise AttachError(
+                f"{name}: the model's values are not those of the base that the delta was made from ({base.name}, root "
+                f"{base.root[:12]}); accept_base takes them all the same"
+            )

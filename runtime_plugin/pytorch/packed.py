@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from deltaweave.formats import DenseRecord, ExactArray, FactoredRecord, PackedBand, PackedMatrix
 from numpy.typing import NDArray
-from torch.nn import functional as F
+from torch.nn import functional
 
 __all__ = ["DenseDelta", "FactoredDelta", "PackedRows", "RowBand", "exact_tensor", "unpack_codes"]
 
@@ -103,7 +103,7 @@ class PackedRows:
         assert self.group_size is not None
         count, groups = grid.shape[:2]
         missing = groups * self.group_size - self.group_offset - self.length
-        whole = F.pad(codes, (self.group_offset, missing)).view(count, groups, self.group_size)
+        whole = functional.pad(codes, (self.group_offset, missing)).view(count, groups, self.group_size)
         values = _values(whole, band, grid[:, :, None])
         return values.view(count, -1)[:, self.group_offset : self.group_offset + self.length]
 
@@ -185,7 +185,7 @@ def unpack_codes(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
         return packed
     rows, width = packed.shape
     octets = -(-length // 8)
-    octet_bytes = F.pad(packed, (0, octets * bits - width)).view(rows, octets, bits)
+    octet_bytes = functional.pad(packed, (0, octets * bits - width)).view(rows, octets, bits)
     codes = packed.new_empty(rows, octets, 8)
     for place in range(8):
         byte, shift = divmod(place * bits, 8)
