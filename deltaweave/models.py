@@ -22,9 +22,24 @@ disable_progress_bar()
 __all__ = ["load_checkpoint", "load_tokenizer", "load_tuned", "side_files"]
 
 
-def load_checkpoint(folder: str | Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A checkpoint as a model in evaluation mode."""
+def load_checkpoint(
+    folder: str | Path, dtype: torch.dtype = torch.float32, vocabulary: int | None = None
+) -> PreTrainedModel:
+    """A checkpoint as a model in evaluation mode.
+
+    Args:
+        folder: Hugging Face folder.
+        dtype: of the weights in memory.
+        vocabulary: if given, tokens beyond it are dropped and missing ones get rows of zeros, as in a delta that
+            leaves the base's embeddings alone.
+    """
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    known = int(model.config.vocab_size)
+    if vocabulary is not None and vocabulary != known:
+        model.resize_token_embeddings(vocabulary, mean_resizing=False)
+        with torch.no_grad():
+            for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+                layer.weight[known:] = 0
     return model
 
 

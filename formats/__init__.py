@@ -27,8 +27,8 @@ from deltaweave.formats.records import (
     apply_record,
     dense_bytes,
     factored_bytes,
-    shard,
 )
+from deltaweave.formats.sharding import shard
 from deltaweave.formats.writer import load_records, save_records, write_delta
 
 __all__ = [

@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from deltaweave.formats.matrix import ByteCount, matrix_bytes, padded
+from deltaweave.formats.layout import padded
+from deltaweave.formats.matrix import ByteCount, matrix_bytes
 from deltaweave.formats.records import (
     DenseRecord,
     FactoredRecord,

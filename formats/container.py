@@ -3,29 +3,37 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import math
 import mmap
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 from deltaweave.formats.errors import DeltaweaveError, FormatError
+from deltaweave.formats.layout import ALIGNMENT, MAX_DIMENSIONS, MAX_HEADER, padded
 from numpy.typing import NDArray
 
-__all__ = ["Container", "TensorEntry", "parse_json", "write_atomically", "write_container", "write_pieces"]
+__all__ = [
+    "ITEM_BITS",
+    "Container",
+    "StoredTensor",
+    "TensorEntry",
+    "parse_json",
+    "write_atomically",
+    "write_container",
+    "write_pieces",
+]
 
-# As in the safetensors library: no honest header is larger.
-MAX_HEADER = 100 * 1000 * 1000
-DATA_ALIGNMENT = 256
 ITEM_BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16,
     "I32": 32, "U32": 32, "F32": 32, "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-STORED_DTYPES = {np.dtype(np.uint8): "U8", np.dtype(np.float16): "F16", np.dtype(np.float32): "F32",
-                 np.dtype(np.int32): "I32", np.dtype(np.uint16): "BF16"}  # fmt: skip
+ARRAY_DTYPES = {"U8": "<u1", "F16": "<f2", "BF16": "<u2", "F32": "<f4", "I32": "<i4"}
 
 
 @dataclass(frozen=True)
@@ -93,14 +101,7 @@ class Container:
             raise FormatError(f"{self.path}: tensor {name} has dtype {entry.dtype}, expected {dtype}")
         if len(entry.shape) != 1:
             raise FormatError(f"{self.path}: tensor {name} has {len(entry.shape)} dimensions, expected 1")
-        numpy_dtype = {
-            "U8": np.uint8,
-            "F16": np.float16,
-            "BF16": np.uint16,
-            "F32": np.float32,
-            "I32": np.int32,
-        }[dtype]
-        return np.frombuffer(self._data[entry.start : entry.stop], dtype=np.dtype(numpy_dtype).newbyteorder("<"))
+        return np.frombuffer(self._data[entry.start : entry.stop], dtype=ARRAY_DTYPES[dtype])
 
     def _entry(self, name: str) -> TensorEntry:
         if name not in self.tensors:
@@ -109,7 +110,7 @@ class Container:
 
 
 def parse_json(text: bytes, where: str) -> Any:
-    """JSON without duplicate keys, NaN, or nesting deep enough to exhaust the stack.
+    """JSON without duplicate keys, numbers that are not finite, or nesting deep enough to exhaust the stack.
 
     Raises:
         FormatError: starting with `where`.
@@ -124,8 +125,14 @@ def parse_json(text: bytes, where: str) -> Any:
     def refuse(constant: str) -> NoReturn:
         raise ValueError(f"{constant} is not JSON")
 
+    def finite(literal: str) -> float:
+        number = float(literal)
+        if not math.isfinite(number):
+            raise ValueError(f"number {literal[:40]} is out of range")
+        return number
+
     try:
-        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        return json.loads(text.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except (ValueError, RecursionError) as error:
         raise FormatError(f"{where}: not valid JSON ({str(error).splitlines()[0][:120]})") from error
 
@@ -134,8 +141,10 @@ def _parse(data: memoryview, path: Path | str) -> tuple[dict[str, str], dict[str
     if len(data) < 8:
         raise FormatError(f"{path}: {len(data)} bytes, too short for a header")
     length = int.from_bytes(data[:8], "little")
-    if length > MAX_HEADER or 8 + length > len(data):
+    if 8 + length > len(data):
         raise FormatError(f"{path}: header of {length} bytes in a file of {len(data)}")
+    if length > MAX_HEADER:
+        raise FormatError(f"{path}: header of {length} bytes, expected at most {MAX_HEADER}")
     header = parse_json(bytes(data[8 : 8 + length]), f"{path}: header")
     if not isinstance(header, dict):
         raise FormatError(f"{path}: header holds {type(header).__name__}, expected an object")
@@ -157,8 +166,8 @@ def _parse_entry(entry: Any, name: str, start: int, size: int, path: Path | str)
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in ITEM_BITS:
         fail(f"unknown dtype {str(dtype)[:40]}")
-    if not _naturals(shape) or len(shape) > 16:
-        fail("shape must be a list of natural numbers")
+    if not _naturals(shape) or len(shape) > MAX_DIMENSIONS:
+        fail(f"shape must be a list of at most {MAX_DIMENSIONS} natural numbers")
     if not _naturals(offsets) or len(offsets) != 2:
         fail("data_offsets must be two natural numbers")
     begin, end = offsets
@@ -189,28 +198,64 @@ def _require_no_holes(tensors: Mapping[str, TensorEntry], start: int, size: int,
         raise FormatError(f"{path}: {size - position} bytes behind the last tensor")
 
 
-def write_container(path: Path, tensors: Mapping[str, NDArray[Any]], metadata: Mapping[str, str]) -> None:
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor about to be written: one-dimensional, padded, in pieces that are never copied together.
+
+    Attributes:
+        dtype: the format's name.
+        pieces: uint8 views of the arrays, and the zeros between and behind them.
+    """
+
+    dtype: str
+    pieces: tuple[NDArray[np.uint8], ...]
+
+    @classmethod
+    def of(cls, dtype: str, arrays: Iterable[NDArray[Any]], alignment: int = 1) -> StoredTensor:
+        """Arrays one behind the other, each at a multiple of `alignment`; zeros fill up to a multiple of 256 bytes."""
+        pieces: list[NDArray[np.uint8]] = []
+        position = 0
+        for array in arrays:
+            raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            gap = padded(position, alignment) - position
+            pieces += [np.zeros(gap, np.uint8), raw]
+            position += gap + raw.nbytes
+        pieces.append(np.zeros(padded(position) - position, np.uint8))
+        return cls(dtype, tuple(piece for piece in pieces if piece.nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes, padding included."""
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def digest(self) -> str:
+        """SHA-256 of the stored bytes, in hexadecimal."""
+        digest = hashlib.sha256()
+        for piece in self.pieces:
+            digest.update(piece.data)
+        return digest.hexdigest()
+
+
+def write_container(path: Path, tensors: Mapping[str, StoredTensor], metadata: Mapping[str, str]) -> None:
     """Writes a safetensors file in one pass; data begins at a multiple of 256 bytes.
 
     Args:
         path: where; an existing file is replaced at the end, or kept if anything fails.
-        tensors: contiguous arrays, written in this order; mapped ones are streamed.
+        tensors: written in this order; mapped arrays are streamed.
         metadata: string to string.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     position = 0
-    for name, array in tensors.items():
-        header[name] = {
-            "dtype": STORED_DTYPES[array.dtype],
-            "shape": list(array.shape),
-            "data_offsets": [position, position + array.nbytes],
-        }
-        position += array.nbytes
+    for name, tensor in tensors.items():
+        end = position + tensor.nbytes
+        items = 8 * tensor.nbytes // ITEM_BITS[tensor.dtype]
+        header[name] = {"dtype": tensor.dtype, "shape": [items], "data_offsets": [position, end]}
+        position = end
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
-    pieces: Iterable[Any] = (
-        np.ascontiguousarray(array).reshape(-1).view(np.uint8).data for array in tensors.values() if array.nbytes
-    )
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    if len(text) > MAX_HEADER:
+        raise FormatError(f"{path}: header of {len(text)} bytes, expected at most {MAX_HEADER}")
+    pieces: Iterator[Any] = (piece.data for tensor in tensors.values() for piece in tensor.pieces)
     write_atomically(path, lambda write: write_pieces(write, [len(text).to_bytes(8, "little"), text], pieces))
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -12,18 +12,17 @@ from typing import Any
 import numpy as np
 from deltaweave.formats.accounting import FileBytes, count_bytes
 from deltaweave.formats.container import Container, parse_json
-from deltaweave.formats.encoding import decode_record, parts_of
+from deltaweave.formats.encoding import RECORD_KINDS, decode_record, parts_of
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.fields import Fields
 from deltaweave.formats.header import FORMAT_NAME, FORMAT_VERSION, Header, parse_version
 from deltaweave.formats.identity import root_digest, tensor_digest
-from deltaweave.formats.matrix import padded
+from deltaweave.formats.layout import ALIGNMENT, FILES_PREFIX, MAX_HEADER, padded
 from deltaweave.formats.records import DenseRecord, FactoredRecord, Record, apply_record
 from numpy.typing import NDArray
 
-__all__ = ["FILES_PREFIX", "Delta", "Problem"]
+__all__ = ["INDEX_SUFFIX", "Delta", "Problem"]
 
-FILES_PREFIX = "files/"
 INDEX_SUFFIX = ".index.json"
 
 
@@ -52,18 +51,18 @@ class Delta:
         names: parameters that have a record, in file order.
     """
 
-    def __init__(self, containers: list[Container], header_text: str, path: Path | str) -> None:
+    def __init__(self, containers: list[Container], metadata: Mapping[str, Any], path: Path | str) -> None:
         """Checks the header and that stored tensors and records fit together; use `open` or `from_bytes`."""
         self.path = Path(path)
-        self._containers = {name: container for container in containers for name in container.tensors}
         self._shards = containers
-        fields = _fields(header_text, str(path))
+        self._containers = {name: container for container in containers for name in container.tensors}
+        fields = _header_fields(metadata, str(path))
         self.header = Header.from_json(fields)
         self._tolerant = fields.tolerant
-        self._entries = fields.object("records")
+        self._entries = fields.parameters("records").value
         fields.done()
         self.names = list(self._entries)
-        self._require_all_tensors()
+        self._require_all_tensors(str(path))
 
     @classmethod
     def open(cls, path: str | Path) -> Delta:
@@ -76,7 +75,7 @@ class Delta:
         if path.name.endswith(INDEX_SUFFIX):
             return _open_sharded(cls, path)
         container = Container.open(path)
-        return cls([container], _require_format(container), path)
+        return cls([container], container.metadata, path)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, path: str = "bytes") -> Delta:
@@ -86,7 +85,7 @@ class Delta:
             FormatError: as `open`.
         """
         container = Container(memoryview(data), path)
-        return cls([container], _require_format(container), path)
+        return cls([container], container.metadata, path)
 
     def __enter__(self) -> Delta:
         return self
@@ -149,7 +148,7 @@ class Delta:
         """
         if name not in self.header.files:
             raise FormatError(f"{self.path}: carries no file {name[:200]}")
-        content = self._file_view(name)
+        content = self._stored_file(name)[: self.header.files[name].bytes]
         if tensor_digest(content) != self.header.files[name].sha256:
             raise FormatError(f"{self.path}: carried file {name} does not match its digest")
         return bytes(content)
@@ -180,76 +179,83 @@ class Delta:
         except FormatError as error:
             yield Problem(name, str(error))
             return
-        for part, digest in self._entries[name]["sha256"].items():
-            if tensor_digest(self._container(name).raw(f"{name}.{part}")) != digest:
+        for part in parts_of(self._entries[name]["kind"]):
+            if tensor_digest(self._container(name).raw(f"{name}.{part}")) != self._entries[name]["sha256"][part]:
                 yield Problem(f"{name}.{part}", "checksum does not match")
 
     def _verify_file(self, name: str) -> Iterator[Problem]:
-        tensor, file = FILES_PREFIX + name, self.header.files[name]
-        if tensor_digest(self._file_view(name)) != file.sha256:
+        tensor, file, raw = FILES_PREFIX + name, self.header.files[name], self._stored_file(name)
+        if tensor_digest(raw[: file.bytes]) != file.sha256:
             yield Problem(tensor, "checksum does not match")
-        if any(self._containers[tensor].raw(tensor)[file.bytes :]):
+        if any(raw[file.bytes :]):
             yield Problem(tensor, "padding is not zero")
 
-    def _file_view(self, name: str) -> memoryview:
-        tensor, size = FILES_PREFIX + name, self.header.files[name].bytes
-        raw = self._containers[tensor].raw(tensor)
-        if len(raw) != padded(size):
-            raise FormatError(f"{self.path}: carried file {name} of {size} bytes is stored in {len(raw)}")
-        return raw[:size]
+    def _stored_file(self, name: str) -> memoryview:
+        self._require_open()
+        return self._containers[FILES_PREFIX + name].raw(FILES_PREFIX + name)
 
     def _container(self, name: str) -> Container:
         """The shard of a record; all parts of one record lie in one shard."""
+        self._require_open()
         parts = parts_of(self._entries[name]["kind"])
         return self._containers[f"{name}.{parts[0]}"] if parts else self._shards[0]
 
-    def _require_all_tensors(self) -> None:
-        """Every tensor belongs to one record or carried file, and all of those are there."""
-        expected = {FILES_PREFIX + name for name in self.header.files}
+    def _require_open(self) -> None:
+        if not self._shards:
+            raise FormatError(f"{self.path}: is closed")
+
+    def _require_all_tensors(self, where: str) -> None:
+        """Every tensor belongs to exactly one record or carried file, and all of those are there."""
+        claimed: set[str] = set()
+        for tensor in self._claimed_tensors(where):
+            if tensor in claimed or tensor not in self._containers:
+                problem = "belongs to two records" if tensor in claimed else "is missing"
+                raise FormatError(f"{where}: tensor {tensor[:200]} {problem}")
+            claimed.add(tensor)
+        if unclaimed := sorted(self._containers.keys() - claimed):
+            raise FormatError(f"{where}: tensor {unclaimed[0][:200]} belongs to no record")
+        for name, file in self.header.files.items():
+            container = self._containers[FILES_PREFIX + name]
+            entry = container.tensors[FILES_PREFIX + name]
+            if entry.dtype != "U8" or entry.stop - entry.start != padded(file.bytes) or entry.start % ALIGNMENT:
+                raise FormatError(f"{where}: carried file {name} of {file.bytes} bytes is not stored as such")
+
+    def _claimed_tensors(self, where: str) -> Iterator[str]:
+        for name in self.header.files:
+            yield FILES_PREFIX + name
         for name, entry in self._entries.items():
-            kind = Fields(entry, f"{self.path}: record {name[:200]}", tolerant=True).string("kind")
-            try:
-                expected |= {f"{name}.{part}" for part in parts_of(kind)}
-            except KeyError as error:
-                raise FormatError(f"{self.path}: record {name[:200]} has unknown kind {kind[:60]!r}") from error
-        found = set(self._containers)
-        if expected != found:
-            odd = sorted(expected ^ found)[0]
-            problem = "is missing" if odd in expected else "belongs to no record"
-            raise FormatError(f"{self.path}: tensor {odd[:200]} {problem}")
+            if name in self.header.architecture.tied:
+                raise FormatError(f"{where}: record {name} is of a tied parameter, which has none of its own")
+            kind = Fields(entry, f"{where}: record {name}", tolerant=True).choice("kind", RECORD_KINDS)
+            for part in parts_of(kind):
+                yield f"{name}.{part}"
 
 
-def _require_format(container: Container) -> str:
-    """The header's text, if the container is a delta of a version that can be read."""
-    found = container.metadata.get("format")
+def _header_fields(metadata: Mapping[str, Any], where: str) -> Fields:
+    """The header's JSON object, if the metadata are those of a delta of a version that can be read."""
+    found = metadata.get("format")
     if found != FORMAT_NAME:
-        raise FormatError(f"{container.path}: format {str(found)[:60]!r}, expected {FORMAT_NAME!r}")
-    if "deltaweave" not in container.metadata:
-        raise FormatError(f"{container.path}: __metadata__ has no deltaweave header")
-    return container.metadata["deltaweave"]
-
-
-def _fields(header_text: str, where: str) -> Fields:
+        raise FormatError(f"{where}: format {str(found)[:60]!r}, expected {FORMAT_NAME!r}")
+    outer = Fields(metadata, f"{where}: metadata", tolerant=True)
+    version_text = outer.string("version")
+    version = parse_version(version_text, where)
+    if "header_sha256" in metadata:
+        raise FormatError(f"{where}: is one shard of a delta; open its {INDEX_SUFFIX}")
     # The header is a string inside JSON and may hold lone surrogates there, which no UTF-8 file could.
-    value = parse_json(header_text.encode("utf-8", errors="surrogatepass"), f"{where}: deltaweave header")
-    version = parse_version(Fields(value, f"{where}: header", tolerant=True).string("version"), where)
-    fields = Fields(value, f"{where}: header", tolerant=version > FORMAT_VERSION)
+    text = outer.string("deltaweave").encode("utf-8", errors="surrogatepass")
+    fields = Fields(parse_json(text, f"{where}: header"), f"{where}: header", tolerant=version > FORMAT_VERSION)
     fields.choice("format", (FORMAT_NAME,))
-    fields.get("version")
+    fields.choice("version", (version_text,))
     return fields
 
 
 def _open_sharded(cls: type[Delta], index_path: Path) -> Delta:
     """Opens all shards that an index names; each must name the header that the index holds."""
-    try:
-        text = index_path.read_bytes()
-    except OSError as error:
-        raise FormatError(f"{index_path}: not readable ({error.strerror})") from error
-    index = Fields(parse_json(text, str(index_path)), str(index_path), tolerant=True)
-    metadata = index.nested("metadata")
-    header_text = metadata.string("deltaweave")
-    weight_map: dict[str, Any] = index.object("weight_map")
-    digest = tensor_digest(header_text.encode("utf-8", errors="surrogatepass"))
+    index = Fields(_read_index(index_path), str(index_path), tolerant=True)
+    metadata = index.object("metadata")
+    weight_map = index.object("weight_map")
+    digest = tensor_digest(str(metadata.get("deltaweave")).encode("utf-8", errors="surrogatepass"))
+    found: dict[str, str] = {}
     containers = []
     for file in sorted({str(file) for file in weight_map.values()}):
         if Path(file).name != file or not (index_path.parent / file).is_file():
@@ -257,7 +263,22 @@ def _open_sharded(cls: type[Delta], index_path: Path) -> Delta:
         container = Container.open(index_path.parent / file)
         if container.metadata.get("header_sha256") != digest:
             raise FormatError(f"{container.path}: belongs to another index than {index_path.name}")
+        if twice := found.keys() & container.tensors.keys():
+            raise FormatError(f"{container.path}: tensor {min(twice)[:200]} lies in two shards")
+        found |= dict.fromkeys(container.tensors, file)
         containers.append(container)
-    if not containers:
-        raise FormatError(f"{index_path}: lists no shards")
-    return cls(containers, header_text, index_path)
+    if not containers or found != weight_map:
+        odd = min((name for name in found | weight_map if found.get(name) != weight_map.get(name)), default="")
+        raise FormatError(f"{index_path}: weight_map does not say where tensor {odd[:200]} lies")
+    return cls(containers, metadata, index_path)
+
+
+def _read_index(path: Path) -> Any:
+    try:
+        with path.open("rb") as file:
+            text = file.read(2 * MAX_HEADER + 1)
+    except OSError as error:
+        raise FormatError(f"{path}: not readable ({error.strerror})") from error
+    if len(text) > 2 * MAX_HEADER:
+        raise FormatError(f"{path}: index of more than {2 * MAX_HEADER} bytes")
+    return parse_json(text, str(path))

@@ -3,26 +3,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from deltaweave.formats.container import Container
+from deltaweave.formats.container import Container, StoredTensor
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.fields import Fields
-from deltaweave.formats.identity import tensor_digest
+from deltaweave.formats.layout import ALIGNMENT, BAND_ALIGNMENT, MAX_BANDS, MAX_GROUP_SIZE, padded
 from deltaweave.formats.matrix import (
-    ALIGNMENT,
-    BAND_ALIGNMENT,
-    MAX_BANDS,
-    MAX_GROUP_SIZE,
     Band,
     PackedBand,
     PackedMatrix,
-    grid_entries,
-    group_count,
+    grid_shape,
     matrix_bytes,
-    padded,
 )
 from deltaweave.formats.packing import CODE_BITS, row_bytes
 from deltaweave.formats.records import (
@@ -37,7 +32,7 @@ from deltaweave.formats.records import (
 )
 from numpy.typing import NDArray
 
-__all__ = ["decode_record", "encode_record", "parts_of"]
+__all__ = ["RECORD_KINDS", "decode_record", "encode_record", "parts_of"]
 
 Array = NDArray[Any]
 PARTS = {
@@ -49,16 +44,18 @@ PARTS = {
 }
 
 
+RECORD_KINDS = tuple(PARTS)
+
+
 def parts_of(kind: str) -> tuple[str, ...]:
     """The stored tensors of a record kind, in file order, without the parameter's name."""
     return PARTS[kind]
 
 
-def encode_record(record: Record) -> tuple[dict[str, Any], dict[str, Array]]:
-    """A record as its header entry and its tensors by part; tensors are one-dimensional and padded."""
-    entry, arrays = _ENCODERS[type(record)](record)
-    tensors = {part: _padded(array) for part, array in arrays.items()}
-    entry["sha256"] = {part: tensor_digest(array.view(np.uint8).data) for part, array in tensors.items()}
+def encode_record(record: Record) -> tuple[dict[str, Any], dict[str, StoredTensor]]:
+    """A record as its header entry and its tensors by part, which are views of the record's arrays."""
+    entry, tensors = _ENCODERS[type(record)](record)
+    entry["sha256"] = {part: tensor.digest() for part, tensor in tensors.items()}
     if record.quality:
         entry["quality"] = {name: float(value) for name, value in record.quality.items()}
     return entry, tensors
@@ -70,7 +67,7 @@ def decode_record(entry: Any, name: str, container: Container, where: str, *, to
     Raises:
         FormatError: an entry that the specification does not allow, or tensors that do not fit it.
     """
-    fields = Fields(entry, f"{where}: record {name[:200]}", tolerant=tolerant)
+    fields = Fields(entry, f"{where}: record {name}", tolerant=tolerant)
     kind = fields.choice("kind", PARTS)
     digests = fields.nested("sha256")
     for part in PARTS[kind]:
@@ -83,16 +80,10 @@ def decode_record(entry: Any, name: str, container: Container, where: str, *, to
 
 # Encoding
 
-
-def _padded(array: Array) -> Array:
-    flat = np.ascontiguousarray(array).reshape(-1)
-    missing = -flat.nbytes % ALIGNMENT
-    return np.concatenate([flat, np.zeros(missing // flat.itemsize, flat.dtype)]) if missing else flat
+Encoded = tuple[dict[str, Any], dict[str, StoredTensor]]
 
 
-def _encode_factored(record: FactoredRecord) -> tuple[dict[str, Any], dict[str, Array]]:
-    if record.rank < 1:
-        raise FormatError("a factored record needs at least one rank")
+def _encode_factored(record: FactoredRecord) -> Encoded:
     entry = {
         "kind": "factored",
         "shape": list(record.shape),
@@ -101,10 +92,8 @@ def _encode_factored(record: FactoredRecord) -> tuple[dict[str, Any], dict[str, 
         "v_group_offset": record.v.group_offset,
         "u_group_offset": record.u.group_offset,
     }
-    if record.u.group_size != record.v.group_size or record.v.group_size is None:
-        raise FormatError("u and v of a factored record must share a group size")
     return entry, {
-        "sigma": record.sigma,
+        "sigma": StoredTensor.of("F32", [record.sigma]),
         "v.codes": _codes(record.v),
         "v.grid": _grid(record.v),
         "u.codes": _codes(record.u),
@@ -112,7 +101,7 @@ def _encode_factored(record: FactoredRecord) -> tuple[dict[str, Any], dict[str, 
     }
 
 
-def _encode_dense(record: DenseRecord) -> tuple[dict[str, Any], dict[str, Array]]:
+def _encode_dense(record: DenseRecord) -> Encoded:
     matrix = record.matrix
     entry = {
         "kind": "dense",
@@ -124,26 +113,26 @@ def _encode_dense(record: DenseRecord) -> tuple[dict[str, Any], dict[str, Array]
     return entry, {"codes": _codes(matrix), "grid": _grid(matrix)}
 
 
-def _encode_rows(record: RowsRecord) -> tuple[dict[str, Any], dict[str, Array]]:
+def _encode_rows(record: RowsRecord) -> Encoded:
     entry = {
         "kind": "rows",
         "shape": list(record.shape),
         "rows": len(record.indices),
         "dtype": record.values.dtype,
     }
-    return entry, {"indices": record.indices, "values": record.values.data}
+    return entry, {"indices": StoredTensor.of("I32", [record.indices]), "values": _values(record.values)}
 
 
-def _encode_replace(record: ReplaceRecord) -> tuple[dict[str, Any], dict[str, Array]]:
+def _encode_replace(record: ReplaceRecord) -> Encoded:
     entry = {"kind": "replace", "shape": list(record.shape), "dtype": record.values.dtype}
-    return entry, {"values": record.values.data}
+    return entry, {"values": _values(record.values)}
 
 
-def _encode_base(record: BaseRecord) -> tuple[dict[str, Any], dict[str, Array]]:
+def _encode_base(record: BaseRecord) -> Encoded:
     return {"kind": "base", "shape": list(record.shape)}, {}
 
 
-_ENCODERS: dict[type, Callable[[Any], tuple[dict[str, Any], dict[str, Array]]]] = {
+_ENCODERS: dict[type, Callable[[Any], Encoded]] = {
     FactoredRecord: _encode_factored,
     DenseRecord: _encode_dense,
     RowsRecord: _encode_rows,
@@ -152,9 +141,19 @@ _ENCODERS: dict[type, Callable[[Any], tuple[dict[str, Any], dict[str, Array]]]] 
 }
 
 
+def _codes(matrix: PackedMatrix) -> StoredTensor:
+    return StoredTensor.of("U8", [piece.codes for piece in matrix.bands], BAND_ALIGNMENT)
+
+
+def _grid(matrix: PackedMatrix) -> StoredTensor:
+    return StoredTensor.of("F16", [piece.grid for piece in matrix.bands if piece.grid is not None])
+
+
+def _values(values: ExactArray) -> StoredTensor:
+    return StoredTensor.of(values.dtype, [values.data])
+
+
 def _band_entries(bands: Sequence[Band]) -> list[dict[str, Any]]:
-    if not 1 <= len(bands) <= MAX_BANDS:
-        raise FormatError(f"{len(bands)} bands, expected 1 to {MAX_BANDS}")
     entries = []
     for band in bands:
         entry: dict[str, Any] = {"bits": band.bits, "rank": band.rank, "grid": band.grid}
@@ -162,37 +161,6 @@ def _band_entries(bands: Sequence[Band]) -> list[dict[str, Any]]:
             entry["levels"] = list(band.levels)
         entries.append(entry)
     return entries
-
-
-def _codes(matrix: PackedMatrix) -> NDArray[np.uint8]:
-    """All bands' codes, each band at a multiple of 16 bytes."""
-    pieces: list[NDArray[np.uint8]] = []
-    position = 0
-    for piece in matrix.bands:
-        gap = padded(position, BAND_ALIGNMENT) - position
-        stored = np.ascontiguousarray(piece.codes).reshape(-1).view(np.uint8)
-        expected = piece.band.rank * row_bytes(piece.band.bits, matrix.length)
-        if stored.nbytes != expected:
-            raise FormatError(
-                f"band of {piece.band.bits} bits holds {stored.nbytes} bytes of codes, expected {expected}"
-            )
-        pieces += [np.zeros(gap, np.uint8), stored]
-        position += gap + stored.nbytes
-    return pieces[1] if len(pieces) == 2 else np.concatenate(pieces)
-
-
-def _grid(matrix: PackedMatrix) -> NDArray[np.float16]:
-    pieces = []
-    for piece in matrix.bands:
-        expected = grid_entries(piece.band, matrix.length, matrix.group_size, matrix.group_offset)
-        found = 0 if piece.grid is None else piece.grid.size
-        if found != expected:
-            raise FormatError(f"band of {piece.band.bits} bits has {found} grid values, expected {expected}")
-        if piece.grid is not None:
-            if not np.isfinite(piece.grid).all():
-                raise FormatError(f"band of {piece.band.bits} bits has a scale or zero that is not finite")
-            pieces.append(np.ascontiguousarray(piece.grid).reshape(-1))
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float16)
 
 
 # Decoding
@@ -208,38 +176,33 @@ def _stored(container: Container, tensor: str, dtype: str) -> Array:
 
 
 def _decode_factored(fields: Fields, stored: Stored) -> FactoredRecord:
-    out_features, in_features = fields.shape("shape", 2)
+    out_features, in_features = shape = fields.matrix_shape("shape")
     bands = _decode_bands(fields)
     size = fields.natural("group_size", least=1, most=MAX_GROUP_SIZE)
     v_offset = fields.natural("v_group_offset", most=size - 1)
     u_offset = fields.natural("u_group_offset", most=size - 1)
-    rank = sum(band.rank for band in bands)
-    sigma = _exactly(fields, stored("sigma", "F32"), rank, "sigma")
-    if not np.isfinite(sigma).all():
-        fields.fail("sigma", "has values that are not finite")
+    sigma = _exactly(fields, stored("sigma", "F32"), sum(band.rank for band in bands), "sigma")
     v = _decode_matrix(fields, bands, in_features, size, v_offset, stored, "v.")
     u = _decode_matrix(fields, bands, out_features, size, u_offset, stored, "u.")
-    return FactoredRecord((out_features, in_features), u, v, sigma, fields.quality("quality"))
+    return fields.build(FactoredRecord, shape, u, v, sigma, fields.quality("quality"))
 
 
 def _decode_dense(fields: Fields, stored: Stored) -> DenseRecord:
-    rows, columns = fields.shape("shape", 2)
+    shape = fields.matrix_shape("shape")
     bands = _decode_bands(fields)
     whole = fields.get("group_size") is None
     size = None if whole else fields.natural("group_size", least=1, most=MAX_GROUP_SIZE)
     offset = fields.natural("group_offset", most=size - 1 if size else 0)
-    if len(bands) != 1 or bands[0].rank != rows or bands[0].bits == 16:
-        fields.fail("bands", f"expected one band of {rows} rows and 1 to 8 bits")
-    matrix = _decode_matrix(fields, bands, columns, size, offset, stored, "")
-    return DenseRecord((rows, columns), matrix, fields.quality("quality"))
+    matrix = _decode_matrix(fields, bands, shape[1], size, offset, stored, "")
+    return fields.build(DenseRecord, shape, matrix, fields.quality("quality"))
 
 
 def _decode_rows(fields: Fields, stored: Stored) -> RowsRecord:
-    rows, columns = fields.shape("shape", 2)
+    rows, columns = shape = fields.matrix_shape("shape")
     count = fields.natural("rows", most=rows)
     indices = _exactly(fields, stored("indices", "I32"), count, "indices")
     values = _decode_values(fields, (count, columns), stored)
-    return RowsRecord((rows, columns), indices, values, fields.quality("quality"))
+    return fields.build(RowsRecord, shape, indices, values, fields.quality("quality"))
 
 
 def _decode_replace(fields: Fields, stored: Stored) -> ReplaceRecord:
@@ -273,7 +236,7 @@ def _decode_bands(fields: Fields) -> list[Band]:
         grid = band.choice("grid", ("affine", "codebook", "none"))
         levels = band.numbers("levels") if grid == "codebook" else None
         band.done()
-        bands.append(Band(bits, rank, grid, levels))  # type: ignore[arg-type]  # choice() has checked it
+        bands.append(band.build(Band, bits, rank, grid, levels))
     return bands
 
 
@@ -294,37 +257,25 @@ def _decode_matrix(
             prefix + "codes",
             f"{codes.nbytes} bytes of codes and {grid.nbytes} of grids, expected {count.total} together",
         )
-    if not np.isfinite(grid).all():
-        fields.fail(prefix + "grid", "has a scale or zero that is not finite")
     pieces, position, entries = [], 0, 0
     for band in bands:
-        position = padded(position, BAND_ALIGNMENT)
         width = row_bytes(band.bits, length)
+        position = padded(position, BAND_ALIGNMENT)
         rows = codes[position : position + band.rank * width].reshape(band.rank, width)
         position += band.rank * width
-        used = grid_entries(band, length, size, offset)
-        own = grid[entries : entries + used]
-        entries += used
-        pieces.append(_piece(band, rows, own, None if size is None else group_count(length, size, offset)))
-    return PackedMatrix(tuple(pieces), length, size, offset)
-
-
-def _piece(band: Band, rows: NDArray[np.uint8], grid: NDArray[np.float16], groups: int | None) -> PackedBand:
-    if band.bits == 16:
-        return PackedBand(band, rows.view(np.float16), None)
-    if groups is None:
-        return PackedBand(band, rows, grid)
-    shape = (band.rank, groups, 2) if band.grid == "affine" else (band.rank, groups)
-    return PackedBand(band, rows, grid.reshape(shape))
+        own = None
+        if (shape := grid_shape(band, length, size, offset)) is not None:
+            own = grid[entries : entries + math.prod(shape)].reshape(shape)
+            entries += own.size
+        items = rows.view(np.float16) if band.bits == 16 else rows
+        pieces.append(fields.build(PackedBand, band, items, own, part=prefix + "grid"))
+    return fields.build(PackedMatrix, tuple(pieces), length, size, offset)
 
 
 def _decode_values(fields: Fields, shape: tuple[int, ...], stored: Stored) -> ExactArray:
     dtype = fields.choice("dtype", NUMPY_DTYPES)
-    numbers = 1
-    for extent in shape:
-        numbers *= extent
-    values = _exactly(fields, stored("values", dtype), numbers, "values")
-    return ExactArray(values.reshape(shape), dtype)  # type: ignore[arg-type]  # choice() has checked it
+    values = _exactly(fields, stored("values", dtype), math.prod(shape), "values")
+    return fields.build(ExactArray, values.reshape(shape), dtype)
 
 
 def _exactly(fields: Fields, array: Array, count: int, part: str) -> Array:

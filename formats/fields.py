@@ -5,16 +5,16 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection
-from typing import Any, NoReturn
+from collections.abc import Callable, Collection
+from typing import Any, NoReturn, TypeVar
 
 from deltaweave.formats.errors import FormatError
+from deltaweave.formats.layout import MAX_DIMENSIONS, MAX_EXTENT, is_parameter_name
 
 __all__ = ["Fields"]
 
 HEX_DIGEST = re.compile(r"[0-9a-f]{64}")
-# No dimension of a file may exceed this: products of two still fit 64 bits.
-MAX_EXTENT = 1 << 31
+Built = TypeVar("Built")
 
 
 class Fields:
@@ -77,17 +77,21 @@ class Fields:
             self.fail(key, f"expected an integer in [{least}, {most}]")
         return value
 
-    def shape(self, key: str, dimensions: int | None = None) -> tuple[int, ...]:
-        """A list of extents."""
+    def shape(self, key: str, *, least: int = 1) -> tuple[int, ...]:
+        """A list of extents, each at least `least`."""
         value = self.get(key)
-        if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_EXTENT for item in value):
-            self.fail(key, f"expected a list of integers in [0, {MAX_EXTENT}]")
-        if (dimensions is not None and len(value) != dimensions) or len(value) > 16:
-            self.fail(
-                key,
-                f"{len(value)} dimensions, expected {dimensions if dimensions is not None else 'at most 16'}",
-            )
+        if not isinstance(value, list) or not all(type(item) is int and least <= item <= MAX_EXTENT for item in value):
+            self.fail(key, f"expected a list of integers in [{least}, {MAX_EXTENT}]")
+        if len(value) > MAX_DIMENSIONS:
+            self.fail(key, f"{len(value)} dimensions, expected at most {MAX_DIMENSIONS}")
         return tuple(value)
+
+    def matrix_shape(self, key: str) -> tuple[int, int]:
+        """Two extents."""
+        shape = self.shape(key)
+        if len(shape) != 2:
+            self.fail(key, f"{len(shape)} dimensions, expected 2")
+        return shape[0], shape[1]
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of finite numbers."""
@@ -114,6 +118,21 @@ class Fields:
     def nested(self, key: str) -> Fields:
         """A required object to be read in turn."""
         return Fields(self.get(key), f"{self.where}.{key}", tolerant=self.tolerant)
+
+    def parameters(self, key: str) -> Fields:
+        """A required object whose keys are names of parameters."""
+        fields = self.nested(key)
+        for name in fields.value:
+            if not is_parameter_name(name):
+                fields.fail(name[:200], "not an allowed parameter name")
+        return fields
+
+    def build(self, make: Callable[..., Built], *arguments: Any, part: str = "") -> Built:
+        """Calls `make`; its FormatError gets the name of this object, or of a part of it."""
+        try:
+            return make(*arguments)
+        except FormatError as error:
+            raise FormatError(f"{self.where}{part and '.'}{part}: {error}") from error
 
     def done(self) -> None:
         """Refuses unknown keys, unless a newer minor version may have brought them."""

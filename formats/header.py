@@ -8,9 +8,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from deltaweave.formats.container import ITEM_BITS
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.fields import Fields
 from deltaweave.formats.identity import BaseIdentity, TensorIdentity
+from deltaweave.formats.layout import is_file_name, is_parameter_name
 from deltaweave.formats.records import NUMPY_DTYPES
 
 __all__ = [
@@ -20,12 +22,11 @@ __all__ = [
     "CarriedFile",
     "Header",
     "TunedInfo",
-    "is_file_name",
+    "parse_version",
 ]
 
 FORMAT_NAME = "deltaweave.delta"
 FORMAT_VERSION = (1, 0)
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
 
 @dataclass(frozen=True)
@@ -129,16 +130,11 @@ class Header:
         )
 
 
-def is_file_name(name: str) -> bool:
-    """Whether a carried file may be called so: a plain name that no reader can be led astray by."""
-    return FILE_NAME.fullmatch(name) is not None
-
-
 def parse_version(text: str, where: str) -> tuple[int, int]:
     """Major and minor.
 
     Raises:
-        FormatError: not a version, or a major newer than this reader knows.
+        FormatError: not a version, or another major than this reader knows.
     """
     match = re.fullmatch(r"(\d{1,4})\.(\d{1,4})", text)
     if not match:
@@ -150,7 +146,7 @@ def parse_version(text: str, where: str) -> tuple[int, int]:
 
 
 def _base(fields: Fields) -> BaseIdentity:
-    tensors = fields.nested("tensors")
+    tensors = fields.parameters("tensors")
     identity = BaseIdentity(
         name=fields.string("name"),
         revision=fields.optional_string("revision"),
@@ -164,7 +160,9 @@ def _base(fields: Fields) -> BaseIdentity:
 
 
 def _tensor(fields: Fields) -> TensorIdentity:
-    identity = TensorIdentity(fields.digest("sha256"), fields.string("dtype"), fields.shape("shape"))
+    identity = TensorIdentity(
+        fields.digest("sha256"), fields.choice("dtype", ITEM_BITS), fields.shape("shape", least=0)
+    )
     fields.done()
     return identity
 
@@ -182,9 +180,9 @@ def _tuned(fields: Fields) -> TunedInfo:
 
 
 def _architecture(fields: Fields) -> Architecture:
-    tied = fields.object("tied")
-    if not all(isinstance(owner, str) for owner in tied.values()):
-        fields.fail("tied", "must map names to names")
+    tied = fields.parameters("tied").value
+    if not all(isinstance(owner, str) and is_parameter_name(owner) and owner not in tied for owner in tied.values()):
+        fields.fail("tied", "must map names to names of parameters that are not tied themselves")
     architecture = Architecture(fields.string("model_type"), tied)
     fields.done()
     return architecture
@@ -194,7 +192,7 @@ def _files(fields: Fields) -> dict[str, CarriedFile]:
     files = {}
     for name in fields.value:
         if not is_file_name(name):
-            fields.fail(name[:60], "not an allowed file name")
+            fields.fail(name[:200], "not an allowed file name")
         entry = fields.nested(name)
         files[name] = CarriedFile(entry.natural("bytes"), entry.digest("sha256"))
         entry.done()

@@ -3,22 +3,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from deltaweave.formats.errors import FormatError
+from deltaweave.formats.layout import BAND_ALIGNMENT, MAX_BANDS, MAX_EXTENT, MAX_GROUP_SIZE, padded
 from deltaweave.formats.packing import CODE_BITS, pack_codes, row_bytes, unpack_codes
 from numpy.typing import NDArray
 
-__all__ = ["Band", "ByteCount", "GridKind", "PackedBand", "PackedMatrix", "group_count", "padded"]
+__all__ = [
+    "Band",
+    "ByteCount",
+    "GridKind",
+    "PackedBand",
+    "PackedMatrix",
+    "code_width",
+    "grid_shape",
+    "group_count",
+    "matrix_bytes",
+]
 
 GridKind = Literal["affine", "codebook", "none"]
-ALIGNMENT = 256
-BAND_ALIGNMENT = 16
-MAX_BANDS = 8
-MAX_GROUP_SIZE = 1 << 16
+LARGEST_FLOAT32 = float(np.finfo(np.float32).max)
 # Values dequantized at a time: 1 MiB of float32.
 BLOCK_VALUES = 1 << 18
 
@@ -31,7 +40,7 @@ class Band:
         bits: 1, 2, 3, 4 or 8 bits a code, or 16 for fp16 values.
         rank: number of rows, at least 1.
         grid: `affine`, `codebook`, or `none` for 16 bits.
-        levels: of a codebook, 2^bits numbers; else None.
+        levels: of a codebook, 2^bits numbers that are finite in float32; else None.
     """
 
     bits: int
@@ -42,17 +51,19 @@ class Band:
     def __post_init__(self) -> None:
         if self.bits not in (*CODE_BITS, 16):
             raise FormatError(f"band of {self.bits} bits, expected one of {', '.join(map(str, (*CODE_BITS, 16)))}")
-        if self.rank < 1:
+        if not 1 <= self.rank <= MAX_EXTENT:
             raise FormatError(f"band of rank {self.rank}, expected at least 1")
-        if (self.grid == "none") != (self.bits == 16):
+        if self.grid not in ("affine", "codebook", "none") or (self.grid == "none") != (self.bits == 16):
             raise FormatError(
                 f"band of {self.bits} bits with grid {self.grid!r}: 16 bits have grid 'none', all others a grid"
             )
         if (self.grid == "codebook") != (self.levels is not None):
             raise FormatError("a codebook band, and no other, has levels")
-        if self.levels is not None and (len(self.levels) != 1 << self.bits or not np.isfinite(self.levels).all()):
+        if self.levels is not None and (
+            len(self.levels) != 1 << self.bits or not all(abs(level) <= LARGEST_FLOAT32 for level in self.levels)
+        ):
             raise FormatError(
-                f"codebook of {self.bits} bits needs {1 << self.bits} finite levels, has {len(self.levels)}"
+                f"codebook of {self.bits} bits needs {1 << self.bits} levels finite in float32, has {len(self.levels)}"
             )
 
 
@@ -71,9 +82,18 @@ class PackedBand:
     codes: NDArray[Any]
     grid: NDArray[np.float16] | None
 
+    def __post_init__(self) -> None:
+        expected = np.float16 if self.band.bits == 16 else np.uint8
+        if self.codes.dtype != expected:
+            raise FormatError(f"band of {self.band.bits} bits has codes of {self.codes.dtype}")
+        if self.grid is not None and (self.grid.dtype != np.float16 or not np.isfinite(self.grid).all()):
+            raise FormatError(f"band of {self.band.bits} bits has scales or zeros that are not finite float16")
+
     def dequantize_into(self, values: NDArray[np.float32], group_size: int | None, group_offset: int) -> None:
         """Writes the band's values [rank, length] float32, a block of rows at a time so that each stays in cache."""
         rank, length = values.shape
+        if group_size is not None:
+            group_size = min(group_size, group_offset + length)  # one wide group must not cost its whole width a row
         width = length if group_size is None else group_size * group_count(length, group_size, group_offset)
         step = max(1, BLOCK_VALUES // max(1, width))
         for start in range(0, rank, step):
@@ -129,6 +149,28 @@ class PackedMatrix:
     group_size: int | None
     group_offset: int = 0
 
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.bands) <= MAX_BANDS:
+            raise FormatError(f"{len(self.bands)} bands, expected 1 to {MAX_BANDS}")
+        if not 1 <= self.length <= MAX_EXTENT:
+            raise FormatError(f"rows of {self.length} values, expected 1 to {MAX_EXTENT}")
+        if self.group_size is not None and not 1 <= self.group_size <= MAX_GROUP_SIZE:
+            raise FormatError(f"group_size {self.group_size}, expected 1 to {MAX_GROUP_SIZE}")
+        if not 0 <= self.group_offset < (self.group_size or 1):
+            raise FormatError(f"group_offset {self.group_offset} lies outside its group of {self.group_size}")
+        for piece in self.bands:
+            band = piece.band
+            found = (piece.codes.shape, None if piece.grid is None else piece.grid.shape)
+            wanted = (
+                (band.rank, code_width(band.bits, self.length)),
+                grid_shape(band, self.length, self.group_size, self.group_offset),
+            )
+            if found != wanted:
+                raise FormatError(
+                    f"band of {band.bits} bits and rank {band.rank} has codes and grid of shape {found}, "
+                    f"expected {wanted}"
+                )
+
     @property
     def rows(self) -> int:
         """Rows of all bands."""
@@ -149,6 +191,7 @@ class PackedMatrix:
 
         A group that the cut goes through keeps its grid entry, and `group_offset` says how much of it is missing.
         """
+        _require_range(start, stop, self.length)
         size = self.group_size
         first = (start + self.group_offset) // size if size else 0
         last = -(-(stop + self.group_offset) // size) if size else 0
@@ -162,6 +205,18 @@ class PackedMatrix:
             grid = piece.grid if piece.grid is None or not size else np.ascontiguousarray(piece.grid[:, first:last])
             pieces.append(PackedBand(piece.band, codes, grid))
         return PackedMatrix(tuple(pieces), stop - start, size, (start + self.group_offset) % size if size else 0)
+
+    def row_range(self, start: int, stop: int) -> PackedMatrix:
+        """Rows [start, stop), as views; bands that have none of them fall away."""
+        _require_range(start, stop, self.rows)
+        pieces, first = [], 0
+        for piece in self.bands:
+            low, high = max(start - first, 0), min(stop - first, piece.band.rank)
+            first += piece.band.rank
+            if low < high:
+                grid = piece.grid if piece.grid is None or self.group_size is None else piece.grid[low:high]
+                pieces.append(PackedBand(replace(piece.band, rank=high - low), piece.codes[low:high], grid))
+        return PackedMatrix(tuple(pieces), self.length, self.group_size, self.group_offset)
 
 
 @dataclass(frozen=True)
@@ -199,24 +254,32 @@ def group_count(length: int, group_size: int, group_offset: int = 0) -> int:
     return -(-(length + group_offset) // group_size)
 
 
-def padded(count: int, alignment: int = ALIGNMENT) -> int:
-    """`count` rounded up to a multiple of `alignment`."""
-    return -(-count // alignment) * alignment
+def code_width(bits: int, length: int) -> int:
+    """Items of a row of codes as an array holds them: bytes, or fp16 values."""
+    return length if bits == 16 else row_bytes(bits, length)
 
 
-def grid_entries(band: Band, length: int, group_size: int | None, group_offset: int = 0) -> int:
-    """fp16 numbers in a band's grid."""
+def grid_shape(band: Band, length: int, group_size: int | None, group_offset: int = 0) -> tuple[int, ...] | None:
+    """The shape of a band's grid; None for 16 bits."""
     if band.grid == "none":
-        return 0
-    entries = 1 if group_size is None else band.rank * group_count(length, group_size, group_offset)
-    return entries * (2 if band.grid == "affine" else 1)
+        return None
+    entries = (1,) if group_size is None else (band.rank, group_count(length, group_size, group_offset))
+    if band.grid == "codebook":
+        return entries
+    return (2,) if group_size is None else (*entries, 2)
 
 
 def matrix_bytes(bands: Sequence[Band], length: int, group_size: int | None, group_offset: int = 0) -> ByteCount:
     """Stored bytes of a matrix: its codes tensor and its grid tensor."""
-    codes = sum(band.rank * row_bytes(band.bits, length) for band in bands)
-    stored = 0
+    codes = stored = grids = 0
     for band in bands:
-        stored = padded(stored, BAND_ALIGNMENT) + band.rank * row_bytes(band.bits, length)
-    grids = 2 * sum(grid_entries(band, length, group_size, group_offset) for band in bands)
+        own = band.rank * row_bytes(band.bits, length)
+        codes += own
+        stored = padded(stored, BAND_ALIGNMENT) + own
+        grids += 2 * math.prod(grid_shape(band, length, group_size, group_offset) or (0,))
     return ByteCount(codes=codes, grids=grids, padding=padded(stored) - codes + padded(grids) - grids)
+
+
+def _require_range(start: int, stop: int, extent: int) -> None:
+    if not 0 <= start < stop <= extent:
+        raise FormatError(f"range [{start}, {stop}) of an extent of {extent}")

@@ -9,7 +9,8 @@ from typing import Literal
 
 import numpy as np
 from deltaweave.formats.errors import FormatError
-from deltaweave.formats.matrix import Band, ByteCount, PackedMatrix, matrix_bytes, padded
+from deltaweave.formats.layout import MAX_DIMENSIONS, MAX_EXTENT, padded
+from deltaweave.formats.matrix import Band, ByteCount, PackedMatrix, matrix_bytes
 from numpy.typing import NDArray
 
 __all__ = [
@@ -24,7 +25,6 @@ __all__ = [
     "apply_record",
     "dense_bytes",
     "factored_bytes",
-    "shard",
 ]
 
 ExactDtype = Literal["F32", "F16", "BF16"]
@@ -81,12 +81,16 @@ class FactoredRecord:
     def __post_init__(self) -> None:
         if [piece.band for piece in self.u.bands] != [piece.band for piece in self.v.bands]:
             raise FormatError("u and v of a factored record must share their bands")
+        if self.u.group_size != self.v.group_size or self.v.group_size is None:
+            raise FormatError("u and v of a factored record must share a group size")
         lengths = (self.u.length, self.v.length)
         if lengths != self.shape or self.sigma.shape != (self.u.rows,):
             raise FormatError(
                 f"factored record of shape {self.shape} has u and v of length {lengths} and {self.sigma.size} singular "
                 f"values for {self.u.rows} ranks"
             )
+        if self.sigma.dtype != np.float32 or not np.isfinite(self.sigma).all():
+            raise FormatError("sigma has values that are not finite float32")
 
     @property
     def bands(self) -> tuple[Band, ...]:
@@ -105,7 +109,8 @@ class FactoredRecord:
     def dequantize(self) -> NDArray[np.float32]:
         """The delta, [out_features, in_features] float32."""
         u, sigma, v = self.factors()
-        product: NDArray[np.float32] = u.T @ (sigma[:, None] * v)
+        with np.errstate(over="ignore", invalid="ignore"):  # singular values of a lying file may overflow: no warning
+            product: NDArray[np.float32] = u.T @ (sigma[:, None] * v)
         return product
 
 
@@ -124,9 +129,11 @@ class DenseRecord:
     quality: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if (self.matrix.rows, self.matrix.length) != self.shape or len(self.matrix.bands) != 1:
+        bits = [piece.band.bits for piece in self.matrix.bands]
+        if (self.matrix.rows, self.matrix.length) != self.shape or len(bits) != 1 or bits[0] == 16:
             raise FormatError(
-                f"dense record of shape {self.shape} needs one band of {self.shape[0]} rows of {self.shape[1]}"
+                f"dense record of shape {self.shape} needs one band of {self.shape[0]} rows of {self.shape[1]} values "
+                "in 1 to 8 bits"
             )
 
     def dequantize(self) -> NDArray[np.float32]:
@@ -151,6 +158,9 @@ class RowsRecord:
     quality: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.indices.dtype != np.int32:
+            raise FormatError(f"row indices of {self.indices.dtype}, expected int32")
+        _require_extents(self.shape)
         if self.values.data.shape != (len(self.indices), self.shape[1]):
             raise FormatError(
                 f"rows record has {len(self.indices)} indices and values of shape {self.values.data.shape}"
@@ -175,6 +185,9 @@ class ReplaceRecord:
     values: ExactArray
     quality: Mapping[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        _require_extents(self.values.data.shape)
+
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the parameter."""
@@ -192,6 +205,9 @@ class BaseRecord:
 
     shape: tuple[int, ...]
     quality: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _require_extents(self.shape)
 
 
 Record = FactoredRecord | DenseRecord | RowsRecord | ReplaceRecord | BaseRecord
@@ -218,6 +234,11 @@ def apply_record(record: Record, base: NDArray[np.float32] | None) -> NDArray[np
     return tuned
 
 
+def _require_extents(shape: tuple[int, ...]) -> None:
+    if len(shape) > MAX_DIMENSIONS or not all(1 <= extent <= MAX_EXTENT for extent in shape):
+        raise FormatError(f"shape {list(shape)}, expected at most {MAX_DIMENSIONS} extents, each in [1, {MAX_EXTENT}]")
+
+
 def _resized(base: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if base is not None and base.shape[1:] != shape[1:]:
         raise FormatError(f"base of shape {list(base.shape)}, the record expects {list(shape)}")
@@ -226,32 +247,6 @@ def _resized(base: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArra
         rows = min(len(base), len(value))
         value[:rows] = base[:rows]
     return value
-
-
-def shard(record: FactoredRecord, axis: Literal["out", "in"], start: int, stop: int) -> FactoredRecord:
-    """The part of a factored record that a tensor-parallel rank needs.
-
-    Args:
-        record: of the whole projection.
-        axis: `out` for column-parallel projections, `in` for row-parallel ones.
-        start: first feature.
-        stop: one past the last feature.
-    """
-    if axis == "out":
-        return FactoredRecord(
-            (stop - start, record.shape[1]),
-            record.u.columns(start, stop),
-            record.v,
-            record.sigma,
-            record.quality,
-        )
-    return FactoredRecord(
-        (record.shape[0], stop - start),
-        record.u,
-        record.v.columns(start, stop),
-        record.sigma,
-        record.quality,
-    )
 
 
 def factored_bytes(shape: tuple[int, int], bands: Sequence[Band], group_size: int) -> ByteCount:

@@ -4,27 +4,34 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deltaweave.formats.container import Container, parse_json, write_atomically, write_container, write_pieces
-from deltaweave.formats.delta import FILES_PREFIX
+from deltaweave.formats.container import (
+    Container,
+    StoredTensor,
+    parse_json,
+    write_atomically,
+    write_container,
+    write_pieces,
+)
+from deltaweave.formats.delta import INDEX_SUFFIX
 from deltaweave.formats.encoding import decode_record, encode_record
 from deltaweave.formats.errors import DeltaweaveError, FormatError
 from deltaweave.formats.fields import Fields
-from deltaweave.formats.header import FORMAT_NAME, FORMAT_VERSION, CarriedFile, Header, is_file_name
+from deltaweave.formats.header import FORMAT_NAME, FORMAT_VERSION, CarriedFile, Header
 from deltaweave.formats.identity import tensor_digest
-from deltaweave.formats.matrix import ALIGNMENT
+from deltaweave.formats.layout import FILES_PREFIX, MAX_HEADER, is_file_name, is_parameter_name
 from deltaweave.formats.records import Record
-from numpy.typing import NDArray
 
 __all__ = ["load_records", "save_records", "write_delta"]
 
 PARTS_NAME = "deltaweave.records"
-Tensors = dict[str, NDArray[Any]]
+Tensors = dict[str, StoredTensor]
 
 
 def write_delta(
@@ -44,7 +51,7 @@ def write_delta(
         records: by parameter name; arrays mapped from other files are streamed.
         files: carried files by name.
         max_shard_bytes: start another shard when one would grow beyond this; a record is never split. With more
-            than one shard the result is `NAME-00001-of-0000N.safetensors` and `NAME.safetensors.index.json`.
+            than one shard the result is `NAME-DIGEST-00001-of-0000N.safetensors` and `NAME.safetensors.index.json`.
         force: replace an existing file.
 
     Returns:
@@ -55,7 +62,7 @@ def write_delta(
         FormatError: a record or file name that the format does not allow.
     """
     path, files = Path(path), files or {}
-    index_path = path.with_name(path.name + ".index.json")
+    index_path = path.with_name(path.name + INDEX_SUFFIX)
     for existing in (path, index_path):
         if existing.exists() and not force:
             raise DeltaweaveError(f"{existing}: exists (--force replaces it)")
@@ -66,10 +73,15 @@ def write_delta(
     entries: dict[str, Any] = {}
     shards = list(_shards(records, files, entries, max_shard_bytes))
     text = _header_text(replace(header, files=carried), entries)
+    replaced = _shards_of(path, index_path)
     if len(shards) <= 1:
+        written = [path]
         write_container(path, shards[0] if shards else {}, _metadata(deltaweave=text))
-        return path
-    return _write_shards(path, index_path, shards, text)
+    else:
+        written = _write_shards(path, index_path, shards, text)
+    for stale in {path, index_path, *replaced} - set(written):
+        stale.unlink(missing_ok=True)
+    return written[-1]
 
 
 def save_records(path: str | Path, records: Mapping[str, Record], metadata: Mapping[str, Any]) -> None:
@@ -79,7 +91,7 @@ def save_records(path: str | Path, records: Mapping[str, Record], metadata: Mapp
     for name, record in records.items():
         entries[name], stored = _named(name, record)
         tensors |= stored
-    text = json.dumps({"records": entries, "metadata": dict(metadata)})
+    text = json.dumps({"records": entries, "metadata": dict(metadata)}, allow_nan=False)
     write_container(Path(path), tensors, {"format": PARTS_NAME, "deltaweave": text})
 
 
@@ -92,8 +104,9 @@ def load_records(path: str | Path) -> tuple[dict[str, Record], dict[str, Any]]:
     container = Container.open(path)
     if container.metadata.get("format") != PARTS_NAME:
         raise FormatError(f"{path}: not a file of records")
-    fields = Fields(parse_json(container.metadata["deltaweave"].encode(), str(path)), str(path))
-    entries = fields.object("records")
+    text = Fields(container.metadata, str(path), tolerant=True).string("deltaweave")
+    fields = Fields(parse_json(text.encode("utf-8", errors="surrogatepass"), str(path)), str(path))
+    entries = fields.parameters("records").value
     records = {
         name: decode_record(entry, name, container, str(path), tolerant=False) for name, entry in entries.items()
     }
@@ -101,6 +114,8 @@ def load_records(path: str | Path) -> tuple[dict[str, Record], dict[str, Any]]:
 
 
 def _named(name: str, record: Record) -> tuple[dict[str, Any], Tensors]:
+    if not is_parameter_name(name):
+        raise FormatError(f"record {name}: not an allowed parameter name")
     try:
         entry, tensors = encode_record(record)
     except FormatError as error:
@@ -116,14 +131,16 @@ def _shards(
 ) -> Iterator[Tensors]:
     """Tensors shard by shard; fills in `entries` on the way."""
     shard: Tensors = {}
+    claimed: set[str] = set()
     size = 0
     for owner, tensors in _all_tensors(records, files, entries):
-        own = sum(array.nbytes for array in tensors.values())
+        own = sum(tensor.nbytes for tensor in tensors.values())
         if most is not None and shard and size + own > most:
             yield shard
             shard, size = {}, 0
-        if set(shard) & set(tensors):
+        if claimed & tensors.keys():
             raise FormatError(f"record {owner}: two records claim one tensor name")
+        claimed |= tensors.keys()
         shard |= tensors
         size += own
     if shard:
@@ -137,15 +154,16 @@ def _all_tensors(
         entries[name], tensors = _named(name, record)
         yield name, tensors
     for name, content in files.items():
-        padding = bytes(-len(content) % ALIGNMENT)
-        yield name, {FILES_PREFIX + name: np.frombuffer(content + padding, dtype=np.uint8)}
+        yield name, {FILES_PREFIX + name: StoredTensor.of("U8", [np.frombuffer(content, dtype=np.uint8)])}
 
 
 def _header_text(header: Header, entries: Mapping[str, Any]) -> str:
     version = ".".join(map(str, FORMAT_VERSION))
     content = {"format": FORMAT_NAME, "version": version, **header.to_json(), "records": entries}
     try:
-        return json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        text.encode()  # refuses lone surrogates
+        return text
     except (TypeError, ValueError) as error:
         raise FormatError(f"header: not expressible as JSON ({error})") from error
 
@@ -154,23 +172,40 @@ def _metadata(**fields: str) -> dict[str, str]:
     return {"format": FORMAT_NAME, "version": ".".join(map(str, FORMAT_VERSION)), **fields}
 
 
-def _write_shards(path: Path, index_path: Path, shards: list[Tensors], text: str) -> Path:
-    """Shards first, the index last: until it appears there is no file to open."""
+def _write_shards(path: Path, index_path: Path, shards: list[Tensors], text: str) -> list[Path]:
+    """Shards first, the index last: until it is there, an older index and its shards are whole.
+
+    Shards carry the header's digest in their names, so that those of another delta are never overwritten.
+    """
     digest = tensor_digest(text.encode())
     weight_map: dict[str, str] = {}
-    written: list[Path] = []
+    shard_paths, created = [], []
     try:
         for number, tensors in enumerate(shards, 1):
-            name = f"{path.stem}-{number:05d}-of-{len(shards):05d}{path.suffix}"
-            write_container(path.with_name(name), tensors, _metadata(header_sha256=digest))
-            written.append(path.with_name(name))
-            weight_map |= dict.fromkeys(tensors, name)
-        total = sum(array.nbytes for tensors in shards for array in tensors.values())
-        index = {"metadata": {"total_size": total, "deltaweave": text}, "weight_map": weight_map}
+            shard_path = path.with_name(f"{path.stem}-{digest[:8]}-{number:05d}-of-{len(shards):05d}{path.suffix}")
+            shard_paths.append(shard_path)
+            if not shard_path.exists():
+                created.append(shard_path)
+            write_container(shard_path, tensors, _metadata(header_sha256=digest))
+            weight_map |= dict.fromkeys(tensors, shard_path.name)
+        total = sum(tensor.nbytes for tensors in shards for tensor in tensors.values())
+        index = {"metadata": _metadata(deltaweave=text) | {"total_size": total}, "weight_map": weight_map}
         encoded = json.dumps(index, ensure_ascii=False, indent=1).encode()
+        if len(encoded) > 2 * MAX_HEADER:
+            raise FormatError(f"{index_path}: index of {len(encoded)} bytes, expected at most {2 * MAX_HEADER}")
         write_atomically(index_path, lambda write: write_pieces(write, [encoded], []))
     except BaseException:
-        for file in written:
+        for file in created:
             file.unlink(missing_ok=True)
         raise
-    return index_path
+    return [*shard_paths, index_path]
+
+
+def _shards_of(path: Path, index_path: Path) -> list[Path]:
+    """The shards of a delta that is about to be replaced: files that its index lists and that are named as ours."""
+    pattern = re.compile(re.escape(path.stem) + r"-[0-9a-f]{8}-\d{5}-of-\d{5}" + re.escape(path.suffix))
+    try:
+        names = set(json.loads(index_path.read_bytes())["weight_map"].values())
+        return [path.with_name(name) for name in names if pattern.fullmatch(name)]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []

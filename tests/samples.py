@@ -7,7 +7,6 @@ import json
 import struct
 
 import numpy as np
-
 from deltaweave.formats import (
     Architecture,
     Band,
@@ -112,10 +111,11 @@ def split_file(data):
 
 
 def pack_file(outer, inner, section):
-    """The file again; `inner` may be text already."""
+    """The file again; `inner` may be text already, or None to leave `outer` as it is."""
     text = inner if isinstance(inner, str) else json.dumps(inner)
     if "__metadata__" in outer and isinstance(outer["__metadata__"], dict) and inner is not None:
-        outer = {**outer, "__metadata__": {**outer["__metadata__"], "deltaweave": text}}
+        version = inner.get("version", "") if isinstance(inner, dict) else outer["__metadata__"]["version"]
+        outer = {**outer, "__metadata__": {**outer["__metadata__"], "deltaweave": text, "version": version}}
     encoded = json.dumps(outer).encode()
     encoded += b" " * (-(8 + len(encoded)) % 256)
     return struct.pack("<Q", len(encoded)) + encoded + section

@@ -31,10 +31,10 @@ _errors = Console(stderr=True, highlight=False)
 
 
 @contextmanager
-def progress_bar() -> Iterator[ProgressFunction]:
-    """A bar with the time left for each kind of work that is reported to it."""
+def progress_bar(prefix: str = "") -> Iterator[ProgressFunction]:
+    """A bar with the time left for each kind of work that is reported to it; `prefix` stands before each name."""
     columns = (
-        TextColumn("{task.description:<26}"),
+        TextColumn("{task.description:<34}"),
         BarColumn(),
         TaskProgressColumn(),
         TimeElapsedColumn(),
@@ -50,7 +50,7 @@ def progress_bar() -> Iterator[ProgressFunction]:
                 progress.start()
                 for earlier in tasks.values():
                     progress.update(earlier, completed=progress.tasks[earlier].total)
-                tasks[description] = progress.add_task(description, total=total)
+                tasks[description] = progress.add_task(prefix + description, total=total)
             progress.update(tasks[description], completed=done, total=total)
 
         yield report

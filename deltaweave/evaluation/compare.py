@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from deltaweave.converter import Checkpoint, Progress, require_base
 from deltaweave.evaluation.tasks import Task, TaskScore, complete, load_tasks, score_task
 from deltaweave.evaluation.text import TextScore, load_text, score_text
-from deltaweave.formats import Delta
+from deltaweave.formats import Delta, DeltaweaveError
 from deltaweave.models import load_checkpoint, load_tokenizer, load_tuned
 
 __all__ = ["Candidate", "Comparison", "compare"]
@@ -134,6 +134,7 @@ def compare(
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = Checkpoint.open(base)
     opened = [Delta.open(path) for path in deltas]
+    _require_distinct([_name(delta) for delta in opened])
     for delta in opened:
         require_base(checkpoint, delta, accept=accept_base)
     tokenizer = load_tokenizer(tuned)
@@ -154,6 +155,16 @@ def compare(
     return Comparison(checkpoint.display_name, Checkpoint.open(tuned).display_name, scorer.prompts, tuple(rows))
 
 
+def _name(delta: Delta) -> str:
+    return delta.path.name.removesuffix(".index.json").removesuffix(".safetensors")
+
+
+def _require_distinct(names: Sequence[str]) -> None:
+    for index, name in enumerate(names):
+        if name in (BASE, TUNED) or name in names[:index]:
+            raise DeltaweaveError(f"{name}: two rows of the comparison would have this name; rename the delta file")
+
+
 Loader = Callable[[], PreTrainedModel]
 
 
@@ -162,13 +173,14 @@ def _loaders(
 ) -> Iterator[tuple[Candidate, Loader]]:
     """Every row without scores, and what loads its model when its turn comes."""
     empty: dict[str, Any] = {"text": None, "task": None, "samples": ()}
-    yield Candidate(BASE, "", None, None, None, None, **empty), lambda: load_checkpoint(base.folder, dtype)
+    vocabulary = int(reference.config.vocab_size)
+    yield Candidate(BASE, "", None, None, None, None, **empty), lambda: load_checkpoint(base.folder, dtype, vocabulary)
     size = Checkpoint.open(tuned).tensor_bytes
     yield Candidate(TUNED, "16 bit", None, size, 1.0, 1.0, **empty), lambda: reference
     for delta in deltas:
         count, header = delta.byte_count(), delta.header
         row = Candidate(
-            name=delta.path.name.removesuffix(".safetensors"),
+            name=_name(delta),
             method=str(header.method["name"]),
             projection_bytes=count.projections,
             file_bytes=count.file,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from deltaweave.formats import DeltaweaveError
 
@@ -72,9 +72,12 @@ def load_tasks(path: str | Path, most: int | None = None) -> list[Task]:
             continue
         try:
             entry = json.loads(line)
-            tasks.append(Task(str(entry["prompt"]), str(entry["answer"])))
+            task = Task(str(entry["prompt"]), str(entry["answer"]))
         except (ValueError, KeyError, TypeError) as error:
             raise DeltaweaveError(f"{path}:{number}: expected an object with prompt and answer") from error
+        if not task.prompt or not task.answer.strip():
+            raise DeltaweaveError(f"{path}:{number}: prompt and answer must not be empty")
+        tasks.append(task)
     if not tasks:
         raise DeltaweaveError(f"{path}: holds no tasks")
     return tasks[:most]
@@ -94,20 +97,25 @@ def complete(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], mos
     """Continues prompts greedily by at most `most` tokens each; returns the new text up to the end token."""
     end = tokenizer.eos_token_id
     pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    answers: list[str] = []
-    for start in range(0, len(prompts), BATCH):
-        rows = [tokenizer(prompt)["input_ids"] for prompt in prompts[start : start + BATCH]]
-        width = max(len(row) for row in rows)
-        # Padding stands on the left, so that every prompt ends where its answer begins.
-        tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows])
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
-        grown = model.generate(
-            tokens.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=most,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=pad,
-        )
-        answers += tokenizer.batch_decode(grown[:, width:], skip_special_tokens=True)
+    # The model's own settings (a repetition penalty, say) would fill in what these leave open.
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    greedy = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    try:
+        batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
+        return [answer for batch in batches for answer in _complete_batch(model, tokenizer, batch, greedy)]
+    finally:
+        model.generation_config = own
+
+
+def _complete_batch(
+    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], settings: GenerationConfig
+) -> list[str]:
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    width = max(len(row) for row in rows)
+    # Padding stands on the left, so that every prompt ends where its answer begins.
+    pad = settings.pad_token_id or 0
+    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    grown = model.generate(tokens, attention_mask=mask, generation_config=settings)
+    answers: list[str] = tokenizer.batch_decode(grown[:, width:], skip_special_tokens=True)
     return answers

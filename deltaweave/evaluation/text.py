@@ -9,15 +9,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
 from deltaweave.formats import DeltaweaveError
 
 __all__ = ["TextScore", "load_text", "score_text"]
 
-# Logits held at a time, per model: 2^25 float32 numbers are 128 MiB.
-LOGITS = 1 << 25
+# Tokens run through the models at a time, and logits held at a time: 2^24 float64 numbers are 128 MiB, of which a few
+# are alive at once. A vocabulary of 150 thousand is scored 111 tokens at a time.
+TOKENS = 1 << 12
+LOGITS = 1 << 24
+# Neighbouring tokens are no independent samples: the standard error is taken over blocks of this many.
+BLOCK = 32
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class TextScore:
         tokens: predicted tokens.
         perplexity: of the candidate.
         kl: KL(fine-tune || candidate) per token, in nats.
-        kl_error: standard error of `kl` over sequences.
+        kl_error: standard error of `kl`, over blocks of 32 consecutive tokens.
         top1: share of tokens whose most likely next token is the fine-tune's.
         logit_error: relative norm of the logits' difference, each token's mean logit removed.
     """
@@ -60,60 +63,73 @@ def load_text(path: str | Path, tokenizer: Any, sequence_length: int, most: int)
 
 @torch.no_grad()
 def score_text(reference: PreTrainedModel, candidate: PreTrainedModel, sequences: torch.Tensor) -> TextScore:
-    """Runs both models over the same sequences [sequences, length].
+    """Runs both models over the same sequences.
 
     Args:
         reference: the fine-tune.
         candidate: what stands in for it; may be the fine-tune itself.
-        sequences: token ids, at least two per sequence.
+        sequences: [sequences, length] token ids, at least two a sequence.
+
+    Raises:
+        DeltaweaveError: the models have different vocabularies.
     """
-    vocabulary = int(reference.config.vocab_size)
-    step = max(1, LOGITS // (vocabulary * sequences.shape[1]))
+    expected_head, found_head = reference.get_output_embeddings(), candidate.get_output_embeddings()
+    if expected_head.out_features != found_head.out_features:
+        raise DeltaweaveError(
+            f"vocabulary of {found_head.out_features}, the fine-tune's has {expected_head.out_features}"
+        )
     totals = _Totals()
-    for piece in sequences.split(step):
-        expected = _logits(reference, piece)
-        found = expected if candidate is reference else _logits(candidate, piece)
-        totals.add(expected, found[..., : expected.shape[-1]], piece[:, 1:])
+    for piece in sequences.split(max(1, TOKENS // sequences.shape[1])):
+        expected = _hidden_states(reference, piece)
+        found = expected if candidate is reference else _hidden_states(candidate, piece)
+        targets = piece[:, 1:].flatten().to(found.device)
+        step = max(1, LOGITS // vocabulary)
+        for part in range(0, len(targets), step):
+            tokens = slice(part, part + step)
+            totals.add(expected_head(expected[tokens]), found_head(found[tokens]), targets[tokens])
     return totals.score()
 
 
-def _logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    logits: torch.Tensor = model(tokens.to(model.device), use_cache=False).logits[:, :-1]
-    return logits.float()
+def _hidden_states(model: PreTrainedModel, sequences: torch.Tensor) -> torch.Tensor:
+    """What lm_head is given at every position that has a next token, [tokens, hidden_size]."""
+    states: torch.Tensor = model.base_model(sequences.to(model.device), use_cache=False).last_hidden_state
+    return states[:, :-1].flatten(0, 1)
 
 
 class _Totals:
-    """Sums over sequences."""
+    """Sums over tokens."""
 
     def __init__(self) -> None:
         self.loss = self.agreed = self.difference = self.size = 0.0
-        self.divergences: list[float] = []
-        self.tokens = 0
+        self.divergences: list[torch.Tensor] = []
 
     def add(self, expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -> None:
-        targets = targets.to(found.device)
-        if found.shape[-1] < expected.shape[-1]:  # a base without the fine-tune's added tokens never predicts them
-            missing = expected.shape[-1] - found.shape[-1]
-            found = torch.nn.functional.pad(found, (0, missing), value=float(found.min()) - 1e4)
-        self.loss += float(cross_entropy(found.flatten(0, 1), targets.flatten(), reduction="sum"))
-        self.tokens += targets.numel()
+        """Adds logits [tokens, vocabulary] of both models and the tokens that came next."""
+        log_expected, log_found = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+        self.loss -= float(log_found.gather(-1, targets[:, None]).sum())
         self.agreed += float((expected.argmax(-1) == found.argmax(-1)).sum())
-        log_expected, log_found = expected.log_softmax(-1), found.log_softmax(-1)
-        divergence = (log_expected.exp() * (log_expected - log_found)).sum(-1)
-        self.divergences += divergence.double().mean(-1).tolist()
-        centred = expected - expected.mean(-1, keepdim=True)
-        difference = found - found.mean(-1, keepdim=True) - centred
-        self.difference += float(difference.double().square().sum())
-        self.size += float(centred.double().square().sum())
+        self.divergences.append((log_expected.exp() * (log_expected - log_found)).sum(-1).cpu())
+        # Log-probabilities differ from logits by a constant per token, which the centring takes away.
+        centred = log_expected - log_expected.mean(-1, keepdim=True)
+        difference = log_found - log_found.mean(-1, keepdim=True) - centred
+        self.difference += float(difference.square().sum())
+        self.size += float(centred.square().sum())
 
     def score(self) -> TextScore:
-        divergences = torch.tensor(self.divergences, dtype=torch.float64)
-        spread = float(divergences.std()) / math.sqrt(len(divergences)) if len(divergences) > 1 else 0.0
+        divergences = torch.cat(self.divergences)
+        tokens = len(divergences)
         return TextScore(
-            tokens=self.tokens,
-            perplexity=math.exp(min(self.loss / self.tokens, 700.0)),
+            tokens=tokens,
+            perplexity=math.exp(min(self.loss / tokens, 700.0)),
             kl=max(0.0, float(divergences.mean())),
-            kl_error=spread,
-            top1=self.agreed / self.tokens,
+            kl_error=_standard_error(divergences),
+            top1=self.agreed / tokens,
             logit_error=math.sqrt(self.difference / self.size) if self.size else 0.0,
         )
+
+
+def _standard_error(values: torch.Tensor) -> float:
+    """Of the mean of a series whose neighbours resemble each other."""
+    blocks = torch.stack([block.mean() for block in values.split(BLOCK)])
+    samples = blocks if len(blocks) > 1 else values
+    return float(samples.std()) / math.sqrt(len(samples)) if len(samples) > 1 else 0.0

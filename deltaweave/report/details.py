@@ -100,7 +100,7 @@ def read_details(paths: Sequence[str | Path]) -> list[DeltaDetails]:
 def _read(delta: Delta) -> DeltaDetails:
     records = tuple(summarize(delta))
     return DeltaDetails(
-        name=delta.path.name.removesuffix(".safetensors"),
+        name=delta.path.name.removesuffix(".index.json").removesuffix(".safetensors"),
         header=delta.header,
         bytes=delta.byte_count(),
         records=records,

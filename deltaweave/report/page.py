@@ -19,7 +19,7 @@ from deltaweave.report.figures import Plot, byte_kinds, comparison_plots, delta_
 from deltaweave.report.style import BITS, COLOURS, to_png, to_svg
 from deltaweave.units import format_bytes, one_over, percent
 
-__all__ = ["save_plots", "write_report"]
+__all__ = ["require_absent", "save_plots", "write_report"]
 
 FOLDER = Path(__file__).parent
 
@@ -46,12 +46,21 @@ def write_report(
         FormatError: a damaged delta.
     """
     path = Path(path)
-    if path.exists() and not force:
-        raise DeltaweaveError(f"{path}: exists (--force replaces it)")
+    require_absent(path, force=force)
     page = _render(comparison, read_details(deltas), command).encode()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda write: write_pieces(write, [page], []))
     return path
+
+
+def require_absent(path: Path, *, force: bool) -> None:
+    """Refuses a report that exists; to be asked before the work that leads to it.
+
+    Raises:
+        DeltaweaveError: it does, and `force` is not given.
+    """
+    if path.exists() and not force:
+        raise DeltaweaveError(f"{path}: exists (--force replaces it)")
 
 
 def save_plots(folder: str | Path, comparison: Comparison, deltas: Sequence[str | Path]) -> list[Path]:

@@ -5,10 +5,6 @@ import time
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from samples import FILES, exact, make_factored, make_header, make_matrix, make_records
-
 from deltaweave.formats import (
     Band,
     BaseRecord,
@@ -30,6 +26,9 @@ from deltaweave.formats import (
     unpack_codes,
     write_delta,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from samples import FILES, exact, make_factored, make_header, make_matrix, make_records
 
 BITS = [1, 2, 3, 4, 8]
 
