@@ -65,7 +65,7 @@ class PairSettings:
         sequence_length: tokens a training row; texts are best scored in rows of this length.
         batch: rows a step.
         warmup: steps in which the learning rate rises.
-        base, tuned: the two trainings. A hotter fine-tune makes a larger delta, a base too raw a trivial comparison.
+        base, tuned: the two trainings.
         held_out: problems for the task score, and stories for the perplexity.
         target: lowest accuracy of the fine-tune on the held-out problems.
     """
