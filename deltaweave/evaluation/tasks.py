@@ -117,5 +117,10 @@ def _complete_batch(
     tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     grown = model.generate(tokens, attention_mask=mask, generation_config=settings)
-    answers: list[str] = tokenizer.batch_decode(grown[:, width:], skip_special_tokens=True)
-    return answers
+    answers = [_until(row, settings.eos_token_id) for row in grown[:, width:].tolist()]
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts
+
+
+def _until(tokens: list[int], end: int | None) -> list[int]:
+    return tokens[: tokens.index(end)] if end in tokens else tokens

@@ -74,10 +74,9 @@ def score_text(reference: PreTrainedModel, candidate: PreTrainedModel, sequences
         DeltaweaveError: the models have different vocabularies.
     """
     expected_head, found_head = reference.get_output_embeddings(), candidate.get_output_embeddings()
-    if expected_head.out_features != found_head.out_features:
-        raise DeltaweaveError(
-            f"vocabulary of {found_head.out_features}, the fine-tune's has {expected_head.out_features}"
-        )
+    vocabulary = expected_head.out_features
+    if found_head.out_features != vocabulary:
+        raise DeltaweaveError(f"the candidate's vocabulary has {found_head.out_features} tokens, not {vocabulary}")
     totals = _Totals()
     for piece in sequences.split(max(1, TOKENS // sequences.shape[1])):
         expected = _hidden_states(reference, piece)
