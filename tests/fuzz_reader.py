@@ -18,20 +18,34 @@ from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from samples import pack_file, sample_bytes, split_file
-
 from deltaweave.formats import Delta, DenseRecord, FactoredRecord, FormatError
+from samples import pack_file, sample_bytes, split_file
 
 EXTRA_MEMORY = 384 << 20
 CASE_SECONDS = 5
 LARGEST_PRODUCT = 1 << 20
-HOSTILE = [
-    -1, 0, 1, 2, 3, 7, 255, 65537, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, 1.5, -0.0, 1e308, None, True, False,
-    "", "x", "../../etc/passwd", "a/b", "\u0000", "\ud800", "é" * 50, "16", [], {}, [0], [[]], [1, 2, 3], [-1, 5], {"a": 1},
-    [2**40, 2**40], [0, 2**62], "F16", "U8", "BF16", "I64", "factored", "dense", "rows", "replace", "base", "codebook",
-]  # fmt: skip
-TEXTS = ["NaN", "Infinity", "-Infinity", "1e999", "9" * 5000, "[" * 3000 + "]" * 3000, '{"a":' * 2000 + "1" + "}" * 2000,
-         '"\\ud800"', "\x00", '{"k":1,"k":2}', "'", "//", "tru", "-", "\ufeff"]  # fmt: skip
+NUMBERS = [-1, 0, 1, 2, 3, 7, 255, 65537, 2**31 - 1, 2**31, 2**32, 2**53, 2**63, 2**64, 10**30, 1.5, -0.0, 1e308]
+WORDS = ["", "x", "../../etc/passwd", "a/b", "\u0000", "\ud800", "é" * 50, "16", "F16", "U8", "BF16", "I64"]
+KINDS = ["factored", "dense", "rows", "replace", "base", "codebook"]
+LISTS = [[], {}, [0], [[]], [1, 2, 3], [-1, 5], {"a": 1}, [2**40, 2**40], [0, 2**62]]
+HOSTILE = [*NUMBERS, *WORDS, *KINDS, *LISTS, None, True, False]
+DEEP = ["[" * 3000 + "]" * 3000, '{"a":' * 2000 + "1" + "}" * 2000]
+TEXTS = [
+    *DEEP,
+    "NaN",
+    "Infinity",
+    "-Infinity",
+    "1e999",
+    "9" * 5000,
+    '"\\ud800"',
+    "\x00",
+    '{"k":1,"k":2}',
+    "'",
+    "-",
+    "\ufeff",
+]
+HALVES = [b"\x00\x7c", b"\x00\x7e", b"\xff\xff"]
+SINGLES = [b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff", b"\x00\x00\xc0\x7f"]
 
 
 def places(value, path=()):
@@ -48,13 +62,13 @@ def altered(value, chance):
     for _ in range(chance.choice([1, 1, 1, 2, 3])):
         path = chance.choice([path for path in places(value) if path] or [()])
         if not path:
-            return chance.choice(HOSTILE)
+            return copy.deepcopy(chance.choice(HOSTILE))
         owner = value
         for key in path[:-1]:
             owner = owner[key]
         action, key = chance.random(), path[-1]
         if action < 0.65:
-            owner[key] = chance.choice(HOSTILE)
+            owner[key] = copy.deepcopy(chance.choice(HOSTILE))
         elif action < 0.8:
             del owner[key]
         elif isinstance(owner, dict):
@@ -89,10 +103,11 @@ def lie_about_length(data, chance):
 
 
 def alter_outer(data, chance):
-    outer, inner, section = split_file(data)
-    return pack_file(altered(outer, chance), None, section) if chance.random() < 0.5 else pack_file(
-        {**outer, **{name: altered(outer[name], chance) for name in chance.sample(sorted(outer), 1)}}, None, section
-    )
+    outer, _, section = split_file(data)
+    if chance.random() < 0.5:
+        return pack_file(altered(outer, chance), None, section)
+    name = chance.choice(sorted(outer))
+    return pack_file({**outer, name: altered(outer[name], chance)}, None, section)
 
 
 def alter_inner(data, chance):
@@ -140,8 +155,7 @@ def poison_numbers(data, chance):
     section = bytearray(section)
     width = 4 if part in ("sigma", "indices") else 2
     at = start + width * chance.randrange((stop - start) // width)
-    poison = {2: [b"\x00\x7c", b"\x00\x7e", b"\xff\xff"], 4: [b"\x00\x00\x80\x7f", b"\xff\xff\xff\xff", b"\x00\x00\xc0\x7f"]}
-    section[at : at + width] = chance.choice(poison[width])
+    section[at : at + width] = chance.choice(HALVES if width == 2 else SINGLES)
     entry["sha256"][part] = hashlib.sha256(section[start:stop]).hexdigest()
     return pack_file(outer, inner, bytes(section))
 

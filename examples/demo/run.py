@@ -52,9 +52,8 @@ def run(folder: Path, seed: int, console: Console) -> Comparison:
     """The demo's steps; returns what was measured."""
     console.print("[bold]1. A pair[/]: a small Llama trained from scratch, and a full fine-tune of it with new skills")
     pair = make_pair(folder / "pair", seed)
-    console.print(
-        f"   held-out problems solved: base {100 * pair.base_accuracy:.1f} %, fine-tune {100 * pair.tuned_accuracy:.1f} %"
-    )
+    solved = f"base {100 * pair.base_accuracy:.1f} %, fine-tune {100 * pair.tuned_accuracy:.1f} %"
+    console.print(f"   held-out problems solved: {solved}")
     console.print("[bold]2. Four deltas[/]: three at 1/16 of the projections' bytes, BitDelta at its native size")
     deltas = compress_all(pair, folder / "deltas")
     console.print("[bold]3. Checks[/] of the Delta-CoMe file against its base and its fine-tune")

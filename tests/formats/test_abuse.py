@@ -156,7 +156,7 @@ def test_numbers_that_are_not_finite(data, part):
     start = outer[f"{Q_PROJ}.{part}"]["data_offsets"][0]
     poison = b"\x00\x00\xc0\x7f" if part == "sigma" else b"\x00\x7e"
     section = section[:start] + poison + section[start + len(poison) :]
-    refuse(pack_file(outer, inner, section), rf"{Q_PROJ}.*(sigma|band of 8 bits) has a .*not a finite float")
+    refuse(pack_file(outer, inner, section), rf"{Q_PROJ}.*{part}.* not finite float")
 
 
 def test_row_indices_outside_the_matrix(data):
@@ -200,7 +200,7 @@ def test_missing_file(tmp_path):
 
 def test_empty_file(tmp_path):
     (tmp_path / "empty.safetensors").touch()
-    with pytest.raises(FormatError, match="empty.safetensors: not readable"):
+    with pytest.raises(FormatError, match=r"empty\.safetensors: not readable"):
         Delta.open(tmp_path / "empty.safetensors")
 
 
