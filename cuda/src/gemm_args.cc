@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "gemm_args.h"
+
+#include <cstdint>
+
+#include "layout.h"
+#include "payload.h"
+#include "status.h"
+
+namespace dw {
+namespace {
+
+dw_status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
+  if (value >= low && value <= high) return DW_OK;
+  return fail(DW_ERROR_ARGUMENT, name, " ", value, ", expected ", low, " to ", high);
+}
+
+dw_status check_aligned(const char* name, const void* pointer, uintptr_t alignment) {
+  if (pointer == nullptr) return fail(DW_ERROR_ARGUMENT, name, " is null");
+  if (reinterpret_cast<uintptr_t>(pointer) % alignment == 0) return DW_OK;
+  return fail(DW_ERROR_ARGUMENT, name, " is not aligned to ", alignment, " bytes");
+}
+
+}  // namespace
+
+int resolve_chunk(int chunk_tokens, int token_count) {
+  return chunk_tokens == 0 ? default_chunk(token_count) : chunk_tokens;
+}
+
+dw_status check_chunk(int chunk_tokens) {
+  if (chunk_tokens == 0 || chunk_tokens == 8 || chunk_tokens == 32) return DW_OK;
+  return fail(DW_ERROR_ARGUMENT, "chunk_tokens ", chunk_tokens, ", expected 0, 8 or 32");
+}
+
+dw_status check_sizes(const dw_gemm& args) {
+  DW_RETURN_IF_ERROR(check_range("token_count", args.token_count, 1, DW_MAX_TOKENS));
+  DW_RETURN_IF_ERROR(check_range("slice_count", args.slice_count, 1, DW_MAX_SLICES));
+  DW_RETURN_IF_ERROR(check_range("max_rank", args.max_rank, 1, DW_MAX_RANK));
+  DW_RETURN_IF_ERROR(check_range("dtype", args.dtype, DW_FLOAT16, DW_BFLOAT16));
+  DW_RETURN_IF_ERROR(check_range("slot_count", args.slot_count, 1, INT32_MAX));
+  DW_RETURN_IF_ERROR(check_range("projection_count", args.projection_count, 1, INT32_MAX));
+  DW_RETURN_IF_ERROR(check_chunk(args.chunk_tokens));
+  for (int s = 0; s < args.slice_count; ++s) {
+    const dw_slice& slice = args.slices[s];
+    DW_RETURN_IF_ERROR(
+        check_range("projection of a slice", slice.projection, 0, args.projection_count - 1));
+    const dw_projection projection = {args.in_features, slice.out_features, args.in_offset,
+                                      slice.out_offset};
+    DW_RETURN_IF_ERROR(check_projection(projection, slice.projection));
+  }
+  return DW_OK;
+}
+
+dw_status check_pointers(const dw_gemm& args) {
+  DW_RETURN_IF_ERROR(check_aligned("arena", args.arena, DW_ALIGNMENT));
+  DW_RETURN_IF_ERROR(check_aligned("directory", args.directory, sizeof(int64_t)));
+  DW_RETURN_IF_ERROR(check_aligned("plan", args.plan, 16));
+  DW_RETURN_IF_ERROR(check_aligned("workspace", args.workspace, DW_ALIGNMENT));
+  DW_RETURN_IF_ERROR(check_aligned("x", args.x, 2));
+  DW_RETURN_IF_ERROR(check_range("x_stride", args.x_stride, args.in_features, INT64_MAX));
+  for (int s = 0; s < args.slice_count; ++s) {
+    DW_RETURN_IF_ERROR(check_aligned("y", args.slices[s].y, 2));
+    DW_RETURN_IF_ERROR(
+        check_range("y_stride", args.slices[s].y_stride, args.slices[s].out_features, INT64_MAX));
+  }
+  const Workspace workspace = cut_workspace(args);
+  if (args.workspace_bytes < workspace.bytes) {
+    return fail(DW_ERROR_ARGUMENT, "workspace of ", args.workspace_bytes, " bytes, needed ",
+                workspace.bytes);
+  }
+  return DW_OK;
+}
+
+Workspace cut_workspace(const dw_gemm& args) {
+  Workspace cut = {};
+  cut.padded_in = group_count(args.in_features, args.in_offset) * kGroup;
+  cut.ranks = intermediate_ranks(args.max_rank);
+  cut.blocks = intermediate_blocks(args.max_rank);
+  const size_t tokens = args.token_count;
+  const size_t rows = tokens * args.slice_count;
+  const auto advance = [&cut](size_t bytes) {
+    const size_t start = cut.bytes;
+    cut.bytes += round_up(bytes, DW_ALIGNMENT);
+    return start;
+  };
+  cut.x = advance(tokens * cut.padded_in * 2);
+  cut.x_scale = advance(tokens * sizeof(float));
+  cut.h = advance(rows * cut.ranks * sizeof(float));
+  cut.h_max = advance(rows * cut.blocks * sizeof(float));
+  return cut;
+}
+
+size_t plan_bytes(int token_count) {
+  return sizeof(int32_t) * (plan_chunks(token_count) + 4 * static_cast<size_t>(token_count));
+}
+
+}  // namespace dw
+
+dw_status dw_plan_bytes(int32_t token_count, size_t* bytes) {
+  DW_RETURN_IF_ERROR(dw::check_range("token_count", token_count, 1, DW_MAX_TOKENS));
+  *bytes = dw::plan_bytes(token_count);
+  return DW_OK;
+}
+
+dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes) {
+  DW_RETURN_IF_ERROR(dw::check_sizes(*args));
+  *bytes = dw::cut_workspace(*args).bytes;
+  return DW_OK;
+}

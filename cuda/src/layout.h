@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+// Kernel order: how a tenant's factors lie in the arena. Shared by host bookkeeping, repack and the
+// products.
+//
+// Both factors are cut into blocks of 16 ranks x 128 features (8 ranks in a 16-bit band), the
+// weights that one warp feeds to eight m16n8k16 products. A block is
+//
+//     codes   lanes x 8*bits bytes     64 codes a lane: 32 pairs, pair j = 4 * product + register,
+//     two codes a pair grid    ranks x (scale, zero)    fp16; absent with 16 bits; a codebook has
+//     zero = 0
+//
+// padded to 16 bytes. A lane's 8*bits bytes are cut into 16-byte vectors (and an 8-byte one for 1
+// and 3 bits), stored vector by vector over the lanes, so that shared memory is read without bank
+// conflicts. Absent ranks take no space:
+//
+//     v   lane = 4*q + c holds ranks 2q, 2q+1 and, of every 32 features, the eight from 8c; ranks
+//     padded to 2 u   lane = q*quads + c holds ranks 4c..4c+3 and features 16q..16q+15; ranks
+//     padded to 4
+//
+// v's order: band, block of ranks, group of 128 in_features. u's order: band, group of 128
+// out_features, block of ranks. So one warp streams consecutive bytes in both stages. Groups lie at
+// multiples of 128 of the whole layer: a shard that cuts one (in_offset, out_offset) has a partly
+// used first group.
+#ifndef DELTAWEAVE_SRC_LAYOUT_H_
+#define DELTAWEAVE_SRC_LAYOUT_H_
+
+#include <cstdint>
+
+#include "deltaweave.h"
+
+#ifdef __CUDACC__
+#define DW_HD __host__ __device__ __forceinline__
+#else
+#define DW_HD inline
+#endif
+
+namespace dw {
+
+constexpr int kGroup = 128;           // features of a block, and the smallest group of a grid
+constexpr int kMaxBlockBytes = 2112;  // 16 ranks of 8 bits with their grid
+constexpr int kHeaderBytes = DW_ALIGNMENT;
+
+DW_HD int64_t round_up(int64_t value, int64_t multiple) {
+  return (value + multiple - 1) / multiple * multiple;
+}
+DW_HD constexpr int ceil_div(int value, int divisor) { return (value + divisor - 1) / divisor; }
+
+// Ranks of a whole block.
+DW_HD constexpr int block_ranks(int bits) { return bits == 16 ? 8 : 16; }
+DW_HD constexpr int block_count(int bits, int rank) { return ceil_div(rank, block_ranks(bits)); }
+DW_HD constexpr int whole_block_bytes(int bits) { return bits == 16 ? 2048 : 256 * bits + 64; }
+
+// Bytes of a block's codes and of the block, for `ranks` present ranks.
+DW_HD constexpr int v_code_bytes(int bits, int ranks) { return 32 * bits * ceil_div(ranks, 2); }
+DW_HD constexpr int u_code_bytes(int bits, int ranks) { return 64 * bits * ceil_div(ranks, 4); }
+DW_HD int v_block_bytes(int bits, int ranks) {
+  return v_code_bytes(bits, ranks) + (bits == 16 ? 0 : ceil_div(ranks, 4) * 16);
+}
+DW_HD int u_block_bytes(int bits, int ranks) {
+  return u_code_bytes(bits, ranks) + (bits == 16 ? 0 : ceil_div(ranks, 4) * 16);
+}
+
+DW_HD int last_block_ranks(int bits, int rank) {
+  return rank - (block_count(bits, rank) - 1) * block_ranks(bits);
+}
+// Bytes of all blocks of one group of 128 features.
+DW_HD int v_group_bytes(int bits, int rank) {
+  return (block_count(bits, rank) - 1) * whole_block_bytes(bits) +
+         v_block_bytes(bits, last_block_ranks(bits, rank));
+}
+DW_HD int u_group_bytes(int bits, int rank) {
+  return (block_count(bits, rank) - 1) * whole_block_bytes(bits) +
+         u_block_bytes(bits, last_block_ranks(bits, rank));
+}
+
+DW_HD int group_count(int features, int offset) { return ceil_div(features + offset, kGroup); }
+DW_HD int padded_rank(int rank) { return ceil_div(rank, 16) * 16; }
+DW_HD constexpr int center_of(int bits) { return bits == 1 || bits == 16 ? 0 : 1 << (bits - 1); }
+
+DW_HD int band_bits(int64_t shape) { return static_cast<int>(shape & 0xff); }
+DW_HD int band_grid(int64_t shape) { return static_cast<int>(shape >> 8 & 0xff); }
+DW_HD int band_rank(int64_t shape) { return static_cast<int>(shape >> 16); }
+
+// The plan, int32: header, then the tokens sorted by slot, then one (slot, first, count, 0) a
+// chunk.
+constexpr int kPlanHeader = 8;
+constexpr int kPlanChunks = 0;
+constexpr int kPlanInvalid = 1;
+DW_HD int plan_order(int) { return kPlanHeader; }
+DW_HD int plan_chunks(int tokens) { return kPlanHeader + static_cast<int>(round_up(tokens, 4)); }
+
+// The default of chunk_tokens, by launch bucket.
+DW_HD int default_chunk(int tokens) { return tokens <= 256 ? 8 : 32; }
+
+// Ranks of the workspace's intermediate, whatever bands a tenant has.
+DW_HD int intermediate_ranks(int max_rank) { return padded_rank(max_rank) + 16 * DW_MAX_BANDS; }
+DW_HD int intermediate_blocks(int max_rank) { return intermediate_ranks(max_rank) / 8; }
+
+}  // namespace dw
+
+#endif  // DELTAWEAVE_SRC_LAYOUT_H_

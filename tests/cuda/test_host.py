@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library's host logic: slot life, bytes, directory rows, argument checks. Needs no GPU."""
+
+from __future__ import annotations
+
+import ctypes
+from itertools import pairwise
+
+import pytest
+from deltaweave.runtime_plugin.library import (
+    DIRECTORY_FIELDS,
+    Arena,
+    ArenaFullError,
+    Factors,
+    Gemm,
+    Library,
+    LibraryError,
+    Projection,
+    find_library,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+PROJECTIONS = [Projection(256, 384, 0, 0), Projection(384, 256, 0, 0)]
+BANDS = [(8, 2, "affine"), (3, 32, "affine"), (2, 90, "affine")]
+KEEP_SLOTS = 3
+
+
+def tenant(bands=BANDS):
+    return [Factors.of(index, bands) for index in range(2)]
+
+
+@pytest.fixture
+def arena(library):
+    with Arena(
+        library, device_address=1 << 20, size=1 << 20, slots=KEEP_SLOTS, projections=PROJECTIONS, max_rank=256
+    ) as made:
+        yield made
+
+
+def load(arena, bands=BANDS):
+    slot = arena.reserve(tenant(bands))
+    arena.commit(slot)
+    return slot
+
+
+def test_slot_life(arena):
+    slot = arena.reserve(tenant())
+    assert arena.state(slot) == Arena.LOADING
+    assert not any(map(any, arena.directory_rows(slot))), "a slot being loaded must not be visible"
+    arena.commit(slot)
+    assert arena.state(slot) == Arena.RESIDENT
+    assert arena.directory_rows(slot)[0][0] == len(BANDS)
+    arena.evict(slot)
+    assert arena.state(slot) == Arena.FREE
+    assert arena.stats().free_bytes == 1 << 20
+
+
+def test_directory_row_describes_the_payload(arena):
+    slot = load(arena)
+    place = arena.payload(slot, 1)
+    row = arena.directory_rows(slot)[1]
+    assert len(row) == DIRECTORY_FIELDS
+    assert row[:3] == [3, 1 + 2 + 6, 16 + 32 + 96]
+    assert row[3] == place.offset
+    shapes = [(row[8 + 4 * b] & 255, row[8 + 4 * b] >> 8 & 255, row[8 + 4 * b] >> 16) for b in range(3)]
+    assert shapes == [(8, 1, 2), (3, 1, 32), (2, 1, 90)]
+    offsets = [row[3], row[4], *(row[8 + 4 * b + part] for b in range(3) for part in (1, 2))]
+    assert all(offset % 256 == 0 for offset in offsets)
+    assert len(set(offsets)) == len(offsets) and max(offsets) < place.offset + place.bytes
+    assert not any(row[8 + 4 * 3 :]), "bands that the record lacks are zero"
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(968, 1.01), (2, 1.6)])
+def test_kernel_order_costs_little(library, rank, expected):
+    """Absent ranks take no space: the arena's bytes stay near the file's (alignment shows in tiny records)."""
+    projections = [Projection(4096, 4096, 0, 0)]
+    with Arena(library, device_address=0, size=256, slots=1, projections=projections, max_rank=4096) as arena:
+        bytes_taken = arena.tenant_bytes([Factors.of(0, [(8, 2, "affine"), (3, 32, "affine"), (2, rank, "affine")])])
+    file_bytes = 2 * (4096 * (16 + 96 + 2 * rank) // 8 + (34 + rank) * 32 * 4) + 4 * (34 + rank)
+    assert file_bytes <= bytes_taken <= expected * file_bytes
+
+
+def test_full_arena_says_what_is_missing(library, arena):
+    size = arena.tenant_bytes(tenant())
+    short = size - 256
+    with Arena(library, device_address=0, size=short, slots=1, projections=PROJECTIONS, max_rank=256) as tight:
+        with pytest.raises(ArenaFullError, match=f"a tenant of {size} bytes, {short} of {short} bytes free"):
+            tight.reserve(tenant())
+        assert tight.stats().free_slots == 1, "a failed reservation takes nothing"
+        assert tight.stats().free_bytes == short
+
+
+def test_no_free_slot(arena):
+    for _ in range(KEEP_SLOTS):
+        load(arena, [(2, 4, "affine")])
+    with pytest.raises(ArenaFullError, match="all 3 slots are taken"):
+        load(arena)
+
+
+def test_bytes_outlive_the_steps_that_use_them(arena):
+    slot = load(arena)
+    first, second = arena.begin_step([slot, -1, slot]), arena.begin_step([slot])
+    arena.evict(slot)
+    assert arena.state(slot) == Arena.RETIRED
+    assert not any(map(any, arena.directory_rows(slot)))
+    with pytest.raises(LibraryError, match="holds no resident tenant"):
+        arena.begin_step([slot])
+    arena.end_step(second)
+    assert arena.state(slot) == Arena.RETIRED
+    arena.end_step(first)
+    assert arena.state(slot) == Arena.FREE
+    with pytest.raises(LibraryError, match="is not open"):
+        arena.end_step(first)
+
+
+def test_least_recently_used_skips_pinned_slots(arena):
+    a, b, c = (load(arena, [(2, 4, "affine")]) for _ in range(3))
+    arena.end_step(arena.begin_step([a]))
+    assert arena.least_recent() == b
+    arena.pin(b)
+    assert arena.least_recent() == c
+    with pytest.raises(LibraryError, match="slot 1 is pinned"):
+        arena.evict(b)
+    arena.unpin(b)
+    assert arena.least_recent() == b
+    with pytest.raises(LibraryError, match="is not pinned"):
+        arena.unpin(b)
+    for slot in (a, b, c):
+        arena.evict(slot)
+    with pytest.raises(ArenaFullError, match="no resident tenant"):
+        arena.least_recent()
+
+
+def test_growing_waits_for_graphs_and_steps(arena):
+    arena.acquire_graph()
+    with pytest.raises(LibraryError, match="while 1 graphs and 0 steps are live"):
+        arena.grow(0, 2 << 20)
+    arena.release_graph()
+    with pytest.raises(LibraryError, match="expected at least 1048576"):
+        arena.grow(0, 1 << 19)
+    arena.grow(0, 2 << 20)
+    assert arena.stats().free_bytes == 2 << 20
+    with pytest.raises(LibraryError, match="no graph is live"):
+        arena.release_graph()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 200), st.integers(0, 7)), max_size=30))
+def test_payloads_never_overlap(library, actions):
+    """Any order of loads and evictions keeps payloads disjoint, inside the buffer, and returns every byte."""
+    with Arena(library, device_address=0, size=1 << 20, slots=8, projections=PROJECTIONS, max_rank=256) as arena:
+        held = {}
+        for kind, rank, slot in actions:
+            if kind < 3:
+                try:
+                    taken = load(arena, [(2, rank, "affine")])
+                except ArenaFullError:
+                    continue
+                held[taken] = [arena.payload(taken, index) for index in range(2)]
+            elif slot in held:
+                arena.evict(slot)
+                del held[slot]
+            ranges = sorted((p.offset, p.offset + p.bytes) for places in held.values() for p in places)
+            assert all(a[1] <= b[0] for a, b in pairwise(ranges))
+            assert not ranges or ranges[-1][1] <= 1 << 20
+        for slot in held:
+            arena.evict(slot)
+        stats = arena.stats()
+        assert stats.free_bytes == stats.largest_free_bytes == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("bands", "message"),
+    [
+        ([(5, 2, "affine")], "5 bits, expected 1, 2, 3, 4, 8 or 16"),
+        ([(2, 0, "affine")], "rank 0, expected at least 1"),
+        ([(16, 2, "affine")], "16 bits have no grid"),
+        ([(2, 2, "none")], "16 bits have no grid"),
+        ([(2, 200, "affine"), (3, 57, "affine")], "rank 257, the arena takes up to 256"),
+    ],
+)
+def test_bad_bands_are_refused(arena, bands, message):
+    with pytest.raises(LibraryError, match=message):
+        arena.reserve([Factors.of(0, bands)])
+    assert arena.stats().free_slots == KEEP_SLOTS
+
+
+@pytest.mark.parametrize(
+    ("sizes", "offsets", "message"),
+    [
+        ((64, 128), (0, 0), "v_group_size 64, the kernels take multiples of 128"),
+        ((128, -128), (0, 0), "u_group_size -128"),
+        ((128, 128), (128, 0), "v_group_offset 128 with a group size of 128"),
+        ((128, 128), (32, 0), "do not belong to a shard with offsets 0 and 0"),
+        ((None, 128), (5, 0), "v_group_offset 5 with a group size of 0"),
+    ],
+)
+def test_bad_groups_are_refused(arena, sizes, offsets, message):
+    with pytest.raises(LibraryError, match=message):
+        arena.reserve([Factors.of(0, BANDS, sizes, offsets)])
+
+
+def test_bad_records_are_refused(arena):
+    with pytest.raises(LibraryError, match="projection 2, expected 0 to 1"):
+        arena.reserve([Factors.of(2, BANDS)])
+    with pytest.raises(LibraryError, match="projection 0 comes twice"):
+        arena.reserve([Factors.of(0, BANDS), Factors.of(0, BANDS)])
+    with pytest.raises(LibraryError, match="9 bands, expected 1 to 8"):
+        Factors.of(0, [(2, 1, "affine")] * 9)
+    with pytest.raises(LibraryError, match="grid 'fixed'"):
+        Factors.of(0, [(2, 1, "fixed")])
+    with pytest.raises(LibraryError, match="a tenant of 0 records"):
+        arena.reserve([])
+
+
+@pytest.mark.parametrize("slot", [-1, KEEP_SLOTS])
+def test_slots_outside_the_arena_are_refused(arena, slot):
+    for call in (arena.commit, arena.evict, arena.state, arena.pin, arena.directory_rows):
+        with pytest.raises(LibraryError, match=f"slot {slot}"):
+            call(slot)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"device_address": 100}, "is not a multiple of 256"),
+        ({"slots": 0}, "arena of 0 slots"),
+        ({"max_rank": 4097}, "max_rank 4097, expected 1 to 4096"),
+        ({"projections": [Projection(32769, 8, 0, 0)]}, "in_features 32769"),
+        ({"projections": [Projection(8, 262145, 0, 0)]}, "out_features 262145"),
+        ({"projections": [Projection(8, 8, 128, 0)]}, "in_offset 128"),
+    ],
+)
+def test_bad_arenas_are_refused(library, change, message):
+    good = {"device_address": 0, "size": 1 << 16, "slots": 1, "projections": PROJECTIONS, "max_rank": 16}
+    with pytest.raises(LibraryError, match=message):
+        Arena(library, **(good | change))
+
+
+def good_gemm(library):
+    """Arguments that pass every check; the addresses are never read."""
+    gemm = Gemm(
+        arena=256, directory=256, projection_count=2, slot_count=4, max_rank=128, dtype=0, token_count=4,
+        in_features=256, x=256, x_stride=256, plan=256, slice_count=1, workspace=256,
+    )  # fmt: skip
+    gemm.slices[0].projection = 1
+    gemm.slices[0].out_features = gemm.slices[0].y_stride = 384
+    gemm.slices[0].y = 256
+    gemm.workspace_bytes = library.workspace_bytes(gemm)
+    return gemm
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("token_count", 0, "token_count 0, expected 1 to 2048"),
+        ("token_count", 2049, "token_count 2049"),
+        ("slice_count", 5, "slice_count 5, expected 1 to 4"),
+        ("dtype", 2, "dtype 2, expected 0 to 1"),
+        ("max_rank", 5000, "max_rank 5000"),
+        ("in_features", 0, "in_features 0"),
+        ("in_offset", -1, "in_offset -1"),
+        ("chunk_tokens", 16, "chunk_tokens 16, expected 0, 8 or 32"),
+        ("projection_count", 1, "projection of a slice 1, expected 0 to 0"),
+    ],
+)
+def test_bad_sizes_are_refused(library, field, value, message):
+    gemm = good_gemm(library)
+    setattr(gemm, field, value)
+    with pytest.raises(LibraryError, match=message):
+        library.workspace_bytes(gemm)
+
+
+def test_workspace_holds_the_intermediates(library):
+    gemm = good_gemm(library)
+    least = 4 * 256 * 2 + 4 * 128 * 4
+    assert least < gemm.workspace_bytes < 8 * least
+    assert gemm.workspace_bytes % 256 == 0
+    gemm.token_count = 8
+    assert library.workspace_bytes(gemm) > gemm.workspace_bytes
+
+
+def test_plan_bytes(library):
+    assert library.plan_bytes(1) == 4 * (8 + 4 + 4)
+    with pytest.raises(LibraryError, match="token_count 2049"):
+        library.plan_bytes(2049)
+
+
+def test_closed_arena(library):
+    arena = Arena(library, device_address=0, size=256, slots=1, projections=PROJECTIONS, max_rank=16)
+    arena.close()
+    arena.close()
+    with pytest.raises(LibraryError, match="the arena is closed"):
+        arena.stats()
+
+
+def test_missing_library(monkeypatch, tmp_path):
+    monkeypatch.setenv("DELTAWEAVE_LIBRARY", str(tmp_path / "none.so"))
+    with pytest.raises(LibraryError, match=r"none\.so does not load"):
+        Library()
+    monkeypatch.delenv("DELTAWEAVE_LIBRARY")
+    if find_library() is None:
+        with pytest.raises(LibraryError, match="was not built"):
+            Library()
+
+
+def test_structs_have_the_size_of_the_header():
+    """Ctypes and C agree on layout: the sizes that deltaweave.h's structs have on 64-bit machines."""
+    assert ctypes.sizeof(Factors) == 4 * (2 + 3 * 8 + 4)
+    assert ctypes.sizeof(Gemm) == 8 * 2 + 4 * 8 + 8 * 3 + 8 + 4 * 32 + 16
