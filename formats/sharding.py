@@ -4,24 +4,17 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, cast
 
 import numpy as np
 from deltaweave.formats.errors import FormatError
-from deltaweave.formats.records import (
-    BaseRecord,
-    DenseRecord,
-    FactoredRecord,
-    ReplaceRecord,
-    RowsRecord,
-)
+from deltaweave.formats.records import DenseRecord, FactoredRecord, Record, ReplaceRecord, RowsRecord
+from numpy.typing import NDArray
 
 __all__ = ["Axis", "shard"]
 
 Axis = Literal["out", "in"]
-
-
-AnyRecord = TypeVar("AnyRecord", FactoredRecord, DenseRecord, RowsRecord, ReplaceRecord, BaseRecord)
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 def shard(record: AnyRecord, axis: Axis, start: int, stop: int) -> AnyRecord:
@@ -44,27 +37,40 @@ def shard(record: AnyRecord, axis: Axis, start: int, stop: int) -> AnyRecord:
     dimension = 0 if axis == "out" else 1
     if dimension >= len(record.shape) or not 0 <= start < stop <= record.shape[dimension]:
         raise FormatError(f"shard [{start}, {stop}) along {axis} of a parameter of shape {list(record.shape)}")
-    shape = (*record.shape[:dimension], stop - start, *record.shape[dimension + 1 :])
-    if isinstance(record, FactoredRecord):
-        cut = {"u": record.u.columns(start, stop)} if axis == "out" else {"v": record.v.columns(start, stop)}
-        return replace(record, shape=shape, **cut)
-    if isinstance(record, DenseRecord):
-        matrix = record.matrix
-        part = matrix.row_range(start, stop) if axis == "out" else matrix.columns(start, stop)
-        return replace(record, shape=shape, matrix=part)
-    if isinstance(record, RowsRecord):
-        return _shard_rows(record, axis, start, stop)
+    return cast(AnyRecord, _cut(record, dimension, start, stop))
+
+
+def _cut(record: Record, dimension: int, start: int, stop: int) -> Record:
     if isinstance(record, ReplaceRecord):
-        data = record.values.data[start:stop] if axis == "out" else record.values.data[:, start:stop]
-        return replace(record, values=replace(record.values, data=data))
-    return replace(record, shape=shape)
+        return replace(record, values=replace(record.values, data=_slice(record.values.data, dimension, start, stop)))
+    if isinstance(record, RowsRecord):
+        return _cut_rows(record, dimension, start, stop)
+    if isinstance(record, FactoredRecord):
+        shape = _cut_shape(record.shape, dimension, stop - start)
+        if dimension == 0:
+            return replace(record, shape=shape, u=record.u.columns(start, stop))
+        return replace(record, shape=shape, v=record.v.columns(start, stop))
+    if isinstance(record, DenseRecord):
+        cut = record.matrix.row_range if dimension == 0 else record.matrix.columns
+        return replace(record, shape=_cut_shape(record.shape, dimension, stop - start), matrix=cut(start, stop))
+    return replace(record, shape=(*record.shape[:dimension], stop - start, *record.shape[dimension + 1 :]))
 
 
-def _shard_rows(record: RowsRecord, axis: Axis, start: int, stop: int) -> RowsRecord:
+def _cut_shape(shape: tuple[int, int], dimension: int, extent: int) -> tuple[int, int]:
+    return (extent, shape[1]) if dimension == 0 else (shape[0], extent)
+
+
+def _cut_rows(record: RowsRecord, dimension: int, start: int, stop: int) -> RowsRecord:
+    rows, columns = record.shape
     indices, data = record.indices, record.values.data
-    if axis == "in":
-        shape = (record.shape[0], stop - start)
-        return replace(record, shape=shape, values=replace(record.values, data=data[:, start:stop]))
+    if dimension == 1:
+        return replace(record, shape=(rows, stop - start), values=replace(record.values, data=data[:, start:stop]))
     first, last = np.searchsorted(indices, [start, stop])
-    values = replace(record.values, data=data[first:last])
-    return replace(record, shape=(stop - start, record.shape[1]), indices=indices[first:last] - start, values=values)
+    kept = indices[first:last] - np.int32(start)
+    return replace(
+        record, shape=(stop - start, columns), indices=kept, values=replace(record.values, data=data[first:last])
+    )
+
+
+def _slice(data: NDArray[np.generic], dimension: int, start: int, stop: int) -> NDArray[np.generic]:
+    return data[start:stop] if dimension == 0 else data[:, start:stop]
