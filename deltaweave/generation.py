@@ -11,7 +11,7 @@ import torch
 from transformers import GenerationConfig, TextStreamer
 
 from deltaweave.converter import Checkpoint, require_base
-from deltaweave.formats import Delta
+from deltaweave.formats import Delta, DeltaweaveError
 from deltaweave.models import load_checkpoint, load_tokenizer, side_files
 from deltaweave.runtime_plugin.pytorch import attach
 
@@ -62,19 +62,14 @@ def generate(
         The whole new text.
 
     Raises:
-        DeltaweaveError: another base, or no usable tokenizer.
+        DeltaweaveError: another base, no usable tokenizer, no chat template where one is asked for, an empty prompt.
     """
     checkpoint = Checkpoint.open(base)
     with Delta.open(delta) as opened, side_files(checkpoint, opened) as folder:
         require_base(checkpoint, opened, accept=accept_base)
         tokenizer = load_tokenizer(folder)
         model = load_checkpoint(base, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if (folder / "generation_config.json").is_file():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
         tokens = _encode(tokenizer, prompt, chat).to(model.device)
-        settings: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-        if temperature is not None:
-            settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
         torch.manual_seed(seed)
         pieces: list[str] = []
 
@@ -87,18 +82,32 @@ def generate(
             model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
                 streamer=_Streamer(tokenizer, collect),
-                **settings,
+                **_settings(model.generation_config, tokenizer, max_new_tokens, temperature),
             )
     return "".join(pieces)
 
 
+def _settings(own: GenerationConfig, tokenizer: Any, max_new_tokens: int, temperature: float | None) -> dict[str, Any]:
+    """What is asked beyond the fine-tune's own settings, and what those leave open."""
+    end = tokenizer.eos_token_id if own.eos_token_id is None else own.eos_token_id
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    settings = {"max_new_tokens": max_new_tokens, "eos_token_id": end, "pad_token_id": pad}
+    if temperature is not None:
+        settings |= {"do_sample": temperature > 0, "temperature": temperature or None}
+    return settings
+
+
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
+    """The prompt's tokens, [1, tokens]."""
+    if chat and not tokenizer.chat_template:
+        raise DeltaweaveError("the fine-tune's tokenizer has no chat template; leave out --chat")
     if chat:
         message = [{"role": "user", "content": prompt}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         ids = tokenizer(prompt)["input_ids"]
+    if not ids:
+        raise DeltaweaveError(f"--prompt {prompt!r}: the prompt holds no tokens")
     return torch.tensor([ids])
