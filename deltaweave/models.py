@@ -19,6 +19,8 @@ from deltaweave.formats import Delta, DeltaweaveError
 # Loading takes seconds at most, and callers have progress bars of their own.
 disable_progress_bar()
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
 __all__ = ["load_checkpoint", "load_tokenizer", "load_tuned", "side_files"]
 
 
@@ -59,6 +61,8 @@ def load_tokenizer(folder: str | Path) -> Any:
     Raises:
         DeltaweaveError: the folder has none that works.
     """
+    if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
+        raise DeltaweaveError(f"{folder}: has no tokenizer ({', '.join(TOKENIZER_FILES)})")
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -132,7 +132,7 @@ def compare(
         DeltaweaveError: unusable inputs.
     """
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    checkpoint = Checkpoint.open(base)
+    checkpoint, tuned_checkpoint = Checkpoint.open(base), Checkpoint.open(tuned)
     opened = [Delta.open(path) for path in deltas]
     _require_distinct([_name(delta) for delta in opened])
     for delta in opened:
@@ -147,12 +147,12 @@ def compare(
         prompts=tuple(task_list[:sample_count]),
     )
     rows: list[Candidate] = []
-    loaders = _loaders(checkpoint, tuned, opened, scorer.reference, dtype)
+    loaders = _loaders(checkpoint, tuned_checkpoint, opened, scorer.reference, dtype)
     for done, (row, load) in enumerate(loaders):
         if progress:
             progress("comparing models", done, len(opened) + 2)
         rows.append(scorer.score(row, load().to(place)))
-    return Comparison(checkpoint.display_name, Checkpoint.open(tuned).display_name, scorer.prompts, tuple(rows))
+    return Comparison(checkpoint.display_name, tuned_checkpoint.display_name, scorer.prompts, tuple(rows))
 
 
 def _name(delta: Delta) -> str:
@@ -169,14 +169,13 @@ Loader = Callable[[], PreTrainedModel]
 
 
 def _loaders(
-    base: Checkpoint, tuned: str | Path, deltas: Sequence[Delta], reference: PreTrainedModel, dtype: torch.dtype
+    base: Checkpoint, tuned: Checkpoint, deltas: Sequence[Delta], reference: PreTrainedModel, dtype: torch.dtype
 ) -> Iterator[tuple[Candidate, Loader]]:
     """Every row without scores, and what loads its model when its turn comes."""
     empty: dict[str, Any] = {"text": None, "task": None, "samples": ()}
     vocabulary = int(reference.config.vocab_size)
     yield Candidate(BASE, "", None, None, None, None, **empty), lambda: load_checkpoint(base.folder, dtype, vocabulary)
-    size = Checkpoint.open(tuned).tensor_bytes
-    yield Candidate(TUNED, "16 bit", None, size, 1.0, 1.0, **empty), lambda: reference
+    yield Candidate(TUNED, "16 bit", None, tuned.tensor_bytes, 1.0, 1.0, **empty), lambda: reference
     for delta in deltas:
         count, header = delta.byte_count(), delta.header
         row = Candidate(

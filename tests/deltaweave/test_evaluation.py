@@ -3,6 +3,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -220,6 +221,20 @@ class TestCompare:
     def test_another_base(self, folder):
         with pytest.raises(CheckpointError, match="is not the base"):
             compare(folder / "tuned", folder / "tuned", [folder / "poor.safetensors"])
+
+    @pytest.mark.parametrize(
+        ("missing", "message"),
+        [("tokenizer.json", r"has no tokenizer \(tokenizer\.json"), ("config.json", r"config\.json: missing")],
+    )
+    def test_incomplete_fine_tune(self, folder, tmp_path, missing, message):
+        shutil.copytree(folder / "tuned", tmp_path / "tuned")
+        (tmp_path / "tuned" / missing).unlink()
+        with pytest.raises(DeltaweaveError, match=message):
+            compare(folder / "base", tmp_path / "tuned", [folder / "poor.safetensors"])
+
+    def test_missing_fine_tune(self, folder, tmp_path):
+        with pytest.raises(CheckpointError, match="nowhere: not a folder"):
+            compare(folder / "base", tmp_path / "nowhere", [folder / "poor.safetensors"])
 
     def test_one_name_twice(self, folder):
         with pytest.raises(DeltaweaveError, match="poor: two rows"):

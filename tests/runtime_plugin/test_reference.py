@@ -5,9 +5,18 @@ import numpy as np
 import pytest
 import torch
 from deltaweave.formats import Band, DenseRecord, FactoredRecord, PackedBand, PackedMatrix, pack_codes, shard
-from deltaweave.runtime_plugin.pytorch import DenseDelta, FactoredDelta, delta_linear, dense_linear
+from deltaweave.runtime_plugin.pytorch import (
+    DenseDelta,
+    FactoredDelta,
+    PackedRows,
+    delta_linear,
+    delta_rows,
+    dense_linear,
+    packed,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 BITS = [1, 2, 3, 4, 8, 16]
 
@@ -136,3 +145,84 @@ def test_wrong_width_is_named():
     )
     with pytest.raises(ValueError, match=r"input of shape \[2, 15\], the delta has 16 in_features"):
         delta_linear(torch.zeros(2, 15), FactoredDelta.of(record))
+
+
+@settings(max_examples=80, deadline=None)
+@given(factored(), st.integers(0, 2**31))
+def test_unpacked_values_are_those_of_the_format_bit_for_bit(case, seed):
+    """Any rows of any band, shards that cut a group included."""
+    record, _ = case
+    start = seed % record.shape[1]
+    for whole in (record.v, record.u, record.v.columns(start, record.shape[1])):
+        matrix, expected = PackedRows.of(whole), torch.from_numpy(whole.dequantize())
+        rows = torch.cat([matrix.unpack(band, slice(0, band.rows)) for band in matrix.bands])
+        assert torch.equal(rows, expected)
+        last = matrix.bands[-1]
+        picked = torch.tensor([last.rows - 1, 0, last.rows // 2])
+        assert torch.equal(matrix.unpack(last, picked), expected[-last.rows :][picked])
+
+
+@settings(max_examples=40, deadline=None)
+@given(factored())
+def test_rows_of_a_factored_delta(case):
+    record, generator = case
+    ids = generator.integers(0, record.shape[0], (2, 3))
+    expected = (exact(record.u).T[ids] * record.sigma.astype(np.float64)) @ exact(record.v)
+    got = delta_rows(torch.from_numpy(ids), FactoredDelta.of(record)).double().numpy()
+    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected) + 1e-12
+
+
+@pytest.mark.parametrize("group_size", [None, 16])
+def test_rows_of_a_dense_delta(group_size):
+    generator = np.random.default_rng(1)
+    codes = generator.integers(0, 2, (50, 37)).astype(np.uint8)
+    grid = generator.uniform(0.1, 1, (2,) if group_size is None else (50, 3, 2)).astype(np.float16)
+    matrix = PackedMatrix((PackedBand(Band(1, 50), pack_codes(codes, 1), grid),), 37, group_size)
+    record = DenseRecord((50, 37), matrix)
+    ids = torch.tensor([[49, 0], [7, 7]])
+    assert torch.equal(delta_rows(ids, DenseDelta.of(record)), torch.from_numpy(record.dequantize())[ids])
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the most values that any tensor made inside had."""
+
+    values = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.values = max(self.values, result.numel())
+        return result
+
+
+def test_no_dense_weight_is_made():
+    generator = np.random.default_rng(0)
+    u, v = (random_matrix(generator, [Band(8, 2), Band(3, 32), Band(2, 600)], 3000, 128) for _ in range(2))
+    factored_delta = FactoredDelta.of(FactoredRecord((3000, 3000), u, v, np.ones(634, np.float32)))
+    dense_delta = DenseDelta.of(DenseRecord((3000, 3000), random_matrix(generator, [Band(1, 3000)], 3000, 128)))
+    for op, delta in ((delta_linear, factored_delta), (dense_linear, dense_delta)):
+        with Largest() as largest:
+            op(torch.ones(2, 3000), delta)
+        assert 0 < largest.values <= 1.1 * packed.BLOCK_VALUES < 3000 * 3000 / 4
+
+
+def test_bytes_of_the_file_are_shared_not_copied():
+    record = FactoredRecord(
+        (8, 16), *(random_matrix(np.random.default_rng(0), [Band(2, 3)], n, 8) for n in (8, 16)), np.ones(3, np.float32)
+    )
+    for array in (record.v.bands[0].codes, record.v.bands[0].grid, record.sigma):
+        array.flags.writeable = False  # as views of a mapped file are; warnings are errors here
+    delta = FactoredDelta.of(record)
+    for tensor, array in (
+        (delta.v.bands[0].codes, record.v.bands[0].codes),
+        (delta.v.bands[0].grid, record.v.bands[0].grid),
+        (delta.sigma, record.sigma),
+    ):
+        assert tensor.data_ptr() == array.ctypes.data
+
+
+def test_no_tokens_give_no_outputs():
+    record = FactoredRecord(
+        (8, 16), *(random_matrix(np.random.default_rng(0), [Band(2, 3)], n, 8) for n in (8, 16)), np.ones(3, np.float32)
+    )
+    assert delta_linear(torch.zeros(2, 0, 16), FactoredDelta.of(record)).shape == (2, 0, 8)
