@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -92,41 +92,39 @@ class PackedBand:
     def dequantize_into(self, values: NDArray[np.float32], group_size: int | None, group_offset: int) -> None:
         """Writes the band's values [rank, length] float32, a block of rows at a time so that each stays in cache."""
         rank, length = values.shape
-        if group_size is not None:
-            group_size = min(group_size, group_offset + length)  # one wide group must not cost its whole width a row
-        width = length if group_size is None else group_size * group_count(length, group_size, group_offset)
-        step = max(1, BLOCK_VALUES // max(1, width))
+        step = max(1, BLOCK_VALUES // length)
         for start in range(0, rank, step):
             rows = slice(start, min(start + step, rank))
             if self.band.bits == 16:
                 values[rows] = self.codes[rows]
                 continue
             assert self.grid is not None
-            grid = (self.grid if group_size is None else self.grid[rows]).astype(np.float32)
             codes = unpack_codes(self.codes[rows].view(np.uint8), self.band.bits, length)
-            values[rows] = self._block(codes, grid, group_size, group_offset)
+            if group_size is None:
+                values[rows] = self._values(codes, self.grid.astype(np.float32))
+            else:
+                self._block_into(values[rows], codes, self.grid[rows].astype(np.float32), group_size, group_offset)
 
-    def _block(
+    def _block_into(
         self,
+        values: NDArray[np.float32],
         codes: NDArray[np.uint8],
         grid: NDArray[np.float32],
-        group_size: int | None,
+        group_size: int,
         group_offset: int,
-    ) -> NDArray[np.float32]:
-        """Values of a few rows: whole groups side by side, so that the grid broadcasts instead of being spread."""
-        rows, length = codes.shape
-        if group_size is None:
-            return self._values(codes, grid)
-        groups = group_count(length, group_size, group_offset)
-        whole = np.zeros((rows, groups * group_size), dtype=np.uint8)
-        whole[:, group_offset : group_offset + length] = codes
-        values = self._values(whole.reshape(rows, groups, group_size), grid[:, :, None])
-        return values.reshape(rows, -1)[:, group_offset : group_offset + length]
+    ) -> None:
+        """Values of a few rows; groups of one width lie side by side, so that the grid broadcasts along them."""
+        for start, width, first, count in _runs(values.shape[1], group_size, group_offset):
+            piece = np.s_[:, start : start + count * width]
+            grouped = codes[piece].reshape(len(codes), count, width)
+            values[piece] = self._values(grouped, grid[:, first : first + count, None]).reshape(len(codes), -1)
 
     def _values(self, codes: NDArray[np.uint8], grid: NDArray[np.float32]) -> NDArray[np.float32]:
         """Codes to values; the grid is shaped to broadcast over them, with (scale, zero) last if it is affine."""
         if self.band.levels is not None:
-            return grid * np.asarray(self.band.levels, dtype=np.float32)[codes]
+            values = np.asarray(self.band.levels, dtype=np.float32).take(codes)
+            values *= grid
+            return values
         values = codes.astype(np.float32)
         values -= grid[..., 1]
         values *= grid[..., 0]
@@ -252,6 +250,21 @@ class ByteCount:
 def group_count(length: int, group_size: int, group_offset: int = 0) -> int:
     """Grid entries of a row."""
     return -(-(length + group_offset) // group_size)
+
+
+def _runs(length: int, group_size: int, group_offset: int) -> Iterator[tuple[int, int, int, int]]:
+    """A row as runs of groups of one width: the cut first group, the whole ones, the short last one.
+
+    Yields:
+        (first value, width, first group, number of groups).
+    """
+    head = min(length, group_size - group_offset) if group_offset else 0
+    whole, tail = divmod(length - head, group_size)
+    start = first = 0
+    for width, count in ((head, 1), (group_size, whole), (tail, 1)):
+        if width and count:
+            yield start, width, first, count
+            start, first = start + width * count, first + count
 
 
 def code_width(bits: int, length: int) -> int:
