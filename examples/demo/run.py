@@ -65,7 +65,7 @@ def run(folder: Path, seed: int, console: Console) -> Comparison:
     comparison = compare_methods(pair, list(deltas.values()))
     console.print(comparison_table(comparison))
     console.print(samples_table(comparison))
-    write_report(folder / "report.html", comparison, list(deltas.values()), command="make demo")
+    write_report(folder / "report.html", comparison, list(deltas.values()), command="make demo", force=True)
     save_plots(folder / "plots", comparison, list(deltas.values()))
     return comparison
 
@@ -83,7 +83,7 @@ def compress_all(pair: Pair, folder: Path) -> dict[str, Path]:
     for name, options in runs.items():
         with progress_bar(f"{name}: ") as progress:
             compress(pair.base, pair.tuned, deltas[name], options, force=True, restart=True, progress=progress)
-    options = BitDeltaOptions(text, sequence_length=SEQUENCE_LENGTH)
+    options = BitDeltaOptions(text, steps=100, sequence_length=SEQUENCE_LENGTH)
     with progress_bar(f"{BITDELTA}: ") as progress:
         compress_bitdelta(pair.base, pair.tuned, deltas[BITDELTA], options, force=True, progress=progress)
     return deltas
