@@ -222,7 +222,7 @@ def apply_record(record: Record, base: NDArray[np.float32] | None) -> NDArray[np
             dropped. None counts as zeros.
 
     Raises:
-        FormatError: a base whose other dimensions differ.
+        FormatError: a base whose other dimensions differ, or a shape beyond this machine's memory.
     """
     if isinstance(record, ReplaceRecord):
         return record.values.to_float32()
@@ -242,7 +242,10 @@ def _require_extents(shape: tuple[int, ...]) -> None:
 def _resized(base: NDArray[np.float32] | None, shape: tuple[int, ...]) -> NDArray[np.float32]:
     if base is not None and base.shape[1:] != shape[1:]:
         raise FormatError(f"base of shape {list(base.shape)}, the record expects {list(shape)}")
-    value = np.zeros(shape, dtype=np.float32)
+    try:
+        value = np.zeros(shape, dtype=np.float32)
+    except (MemoryError, ValueError) as error:  # of rows and base records the shape is tied to no stored bytes
+        raise FormatError(f"a parameter of shape {list(shape)} does not fit into memory") from error
     if base is not None:
         rows = min(len(base), len(value))
         value[:rows] = base[:rows]

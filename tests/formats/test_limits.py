@@ -20,6 +20,7 @@ from deltaweave.formats import (
     PackedMatrix,
     ReplaceRecord,
     RowsRecord,
+    apply_record,
     load_records,
     pack_codes,
     sampled_fingerprint,
@@ -106,6 +107,12 @@ def test_lying_headers_allocate_nothing(tmp_path):
                     delta.record(name)
 
     assert peak(read)[0] < 2 * MIB
+
+
+@pytest.mark.parametrize("shape", [(2**31 - 1, 24), (2**31 - 1,) * 16])
+def test_a_shape_beyond_memory_is_an_error(shape):
+    with pytest.raises(FormatError, match=r"a parameter of shape \[2147483647, .* does not fit into memory"):
+        apply_record(BaseRecord(shape), None)
 
 
 def test_the_fingerprint_of_a_large_base_is_quick(tmp_path):

@@ -2,10 +2,12 @@
 """Deltas in several files, replacing them, and cutting records for tensor parallelism."""
 
 import json
+import random
 
 import numpy as np
 import pytest
 from deltaweave.formats import Delta, DeltaweaveError, DenseRecord, FormatError, apply_record, shard, write_delta
+from fuzz_reader import altered
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from samples import FILES, make_header, make_records
@@ -171,3 +173,19 @@ def test_shards_outside_the_parameter_are_refused(axis, start, stop):
         shard(record, axis, start, stop)
     with pytest.raises(FormatError, match=r"along in of a parameter of shape \[24\]"):
         shard(make_records()["model.norm.weight"], "in", 0, 1)
+
+
+def test_damaged_indexes_are_refused_or_read(tmp_path):
+    index = write(tmp_path)
+    content = json.loads(index.read_text())
+    chance = random.Random(0)
+    refused = 0
+    for _ in range(600):
+        index.write_text(json.dumps(altered(content, chance)))
+        try:
+            with Delta.open(index) as delta:
+                assert delta.verify() == []
+        except FormatError as error:
+            refused += 1
+            assert "\n" not in str(error)
+    assert refused > 500
