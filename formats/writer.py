@@ -64,6 +64,8 @@ def write_delta(
     path, files = Path(path), files or {}
     index_path = path.with_name(path.name + INDEX_SUFFIX)
     for existing in (path, index_path):
+        if existing.is_dir():
+            raise DeltaweaveError(f"{existing}: is a folder, expected a file name such as delta.safetensors")
         if existing.exists() and not force:
             raise DeltaweaveError(f"{existing}: exists (--force replaces it)")
     for name in files:

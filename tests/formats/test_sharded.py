@@ -189,3 +189,10 @@ def test_damaged_indexes_are_refused_or_read(tmp_path):
             refused += 1
             assert "\n" not in str(error)
     assert refused > 500
+
+
+def test_a_folder_is_no_output_even_with_force(tmp_path):
+    (tmp_path / "d.safetensors").mkdir()
+    with pytest.raises(DeltaweaveError, match=r"d\.safetensors: is a folder"):
+        write(tmp_path, force=True)
+    assert names(tmp_path) == ["d.safetensors"]
