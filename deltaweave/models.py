@@ -34,25 +34,33 @@ def load_checkpoint(
         dtype: of the weights in memory.
         vocabulary: if given, tokens beyond it are dropped and missing ones get rows of zeros, as in a delta that
             leaves the base's embeddings alone.
+
+    Raises:
+        DeltaweaveError: a folder that Transformers cannot load.
     """
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).eval()
+    with _explained(folder):
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
     known = int(model.config.vocab_size)
     if vocabulary is not None and vocabulary != known:
         model.resize_token_embeddings(vocabulary, mean_resizing=False)
         with torch.no_grad():
             for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
                 layer.weight[known:] = 0
-    return model
+    return model.eval()
 
 
 def load_tuned(base: Checkpoint, delta: Delta, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Base + delta as a dense model in evaluation mode; takes the memory of one model."""
-    with side_files(base, delta) as folder:
-        config = AutoConfig.from_pretrained(folder)
+    """Base + delta as a dense model in evaluation mode; takes the memory of one model.
+
+    Raises:
+        DeltaweaveError: a delta whose settings Transformers cannot load.
+    """
     state = {name: tuned_tensor(base, delta, name) for name in tuned_names(base, delta)}
-    kind = AutoModelForCausalLM._model_mapping[type(config)]
-    model: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
-    return model
+    with side_files(base, delta) as folder, _explained(delta.path):
+        config = AutoConfig.from_pretrained(folder)
+        kind = AutoModelForCausalLM._model_mapping[type(config)]
+        model: PreTrainedModel = kind.from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return model.eval()
 
 
 def load_tokenizer(folder: str | Path) -> Any:
@@ -63,10 +71,20 @@ def load_tokenizer(folder: str | Path) -> Any:
     """
     if not any((Path(folder) / name).is_file() for name in TOKENIZER_FILES):
         raise DeltaweaveError(f"{folder}: has no tokenizer ({', '.join(TOKENIZER_FILES)})")
-    try:
+    with _explained(f"{folder}: tokenizer"):
         return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise DeltaweaveError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
+
+
+@contextmanager
+def _explained(name: str | Path) -> Iterator[None]:
+    """Transformers raises many things at files that it cannot use; a user needs the file's name and the reason."""
+    try:
+        yield
+    except (DeltaweaveError, MemoryError):
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DeltaweaveError(f"{name}: Transformers cannot load it ({reason})") from error
 
 
 @contextmanager

@@ -198,7 +198,7 @@ def _spectrum_plots(details: DeltaDetails, index: int) -> Iterator[Plot]:
 
 
 def _spectrum_plot(spectra: Sequence[Spectrum], kind: str, name: str) -> Plot:
-    figure, (axes,) = new_figure(3.5, 2.5)
+    figure, (axes,) = new_figure(2.9, 2.2)
     shown = spectra[len(spectra) // 2]
     _shade_bands(axes, shown)
     curves = _padded([spectrum.sigma for spectrum in spectra])

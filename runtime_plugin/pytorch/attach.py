@@ -40,7 +40,7 @@ FREE_SETTINGS = {
     "max_window_layers",
     "pad_token_id",
     "pretraining_tp",
-    "rope_parameters",  # served: see _rotary_swaps
+    "rope_parameters",  # served: see _rotary_swap
     "tie_word_embeddings",
     "use_cache",
     "use_sliding_window",
@@ -170,9 +170,13 @@ def _replacement(module: nn.Module, name: str, record: ReplaceRecord) -> nn.Para
 
 def _require_shape(name: str, shape: tuple[int, ...], record: MatrixRecord) -> None:
     """Vocabularies may grow and shrink; everything else has the base's shape."""
-    vocabulary = "embed_tokens" in name or name.startswith("lm_head.")
-    if shape[1:] != record.shape[1:] or (shape != record.shape and not vocabulary):
+    if shape[1:] != record.shape[1:] or (shape != record.shape and not _is_vocabulary(name)):
         raise AttachError(f"{name}: the model has shape {list(shape)}, the delta {list(record.shape)}")
+
+
+def _is_vocabulary(name: str) -> bool:
+    """Whether a parameter has a row per token."""
+    return name.endswith("embed_tokens.weight") or name == "lm_head.weight"
 
 
 def _module(model: nn.Module, name: str) -> nn.Module:
@@ -203,15 +207,27 @@ def _setting_swaps(model: nn.Module, delta: Delta) -> Iterator[_Swap]:
     base: PretrainedConfig = model.config
     if base.model_type != delta.header.architecture.model_type:
         raise AttachError(f"the model is a {base.model_type}, the delta is of a {delta.header.architecture.model_type}")
-    config = _carried_json(delta, "config.json")
-    if config is not None:
-        tuned = type(base).from_dict(config)
-        _require_same_settings(base, tuned)
-        yield _Swap(base, "vocab_size", tuned.vocab_size)
-        yield from _rotary_swaps(model, tuned)
+    tuned = _tuned_config(base, delta)
+    _require_same_settings(base, tuned)
+    for name, record in delta.records():
+        if _is_vocabulary(name) and record.shape[0] != tuned.vocab_size:
+            raise AttachError(f"{name}: the delta has {record.shape[0]} rows for a vocabulary of {tuned.vocab_size}")
+    yield _Swap(base, "vocab_size", tuned.vocab_size)
+    if tuned.rope_parameters != base.rope_parameters:
+        yield _rotary_swap(model, tuned)
     generation = _carried_json(delta, "generation_config.json")
     if generation is not None and hasattr(model, "generation_config"):
         yield _Swap(model, "generation_config", GenerationConfig.from_dict(generation))
+
+
+def _tuned_config(base: PretrainedConfig, delta: Delta) -> PretrainedConfig:
+    config = _carried_json(delta, "config.json")
+    if config is None:
+        return base
+    try:
+        return type(base).from_dict(config)
+    except Exception as error:  # whatever Transformers makes of values that are none
+        raise AttachError(f"{delta.path}: carried file config.json is unusable ({_first_line(error)})") from error
 
 
 def _require_same_settings(base: PretrainedConfig, tuned: PretrainedConfig) -> None:
@@ -223,14 +239,14 @@ def _require_same_settings(base: PretrainedConfig, tuned: PretrainedConfig) -> N
             raise AttachError(f"config.json: the model has {name} {before}, the delta {after}")
 
 
-def _rotary_swaps(model: nn.Module, tuned: PretrainedConfig) -> Iterator[_Swap]:
-    base: PretrainedConfig = model.config
-    if tuned.rope_parameters == base.rope_parameters:
-        return
+def _rotary_swap(model: nn.Module, tuned: PretrainedConfig) -> _Swap:
     decoder = model.get_submodule("model")
-    rotary = decoder.get_submodule("rotary_emb")
-    device = next(model.parameters()).device
-    yield _Swap(decoder, "rotary_emb", type(rotary)(config=tuned).to(device))
+    kind: Any = type(decoder.get_submodule("rotary_emb"))
+    try:
+        rotary = kind(config=tuned)
+    except Exception as error:  # as in _tuned_config
+        raise AttachError(f"config.json: unusable rope_parameters of the delta ({_first_line(error)})") from error
+    return _Swap(decoder, "rotary_emb", rotary.to(next(model.parameters()).device))
 
 
 def _carried_json(delta: Delta, name: str) -> dict[str, Any] | None:
@@ -243,6 +259,10 @@ def _carried_json(delta: Delta, name: str) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise AttachError(f"{delta.path}: carried file {name} holds {type(content).__name__}, expected an object")
     return content
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _require_base(model: nn.Module, base: BaseIdentity) -> None:

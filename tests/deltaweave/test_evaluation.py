@@ -241,6 +241,14 @@ class TestCompare:
             compare(folder / "base", folder / "tuned", [folder / "poor.safetensors"] * 2)
 
 
+@pytest.mark.parametrize(("file", "content"), [("config.json", "{}"), ("tokenizer.json", "{}")])
+def test_what_transformers_cannot_load_is_named(folder, tmp_path, file, content):
+    shutil.copytree(folder / "tuned", tmp_path / "tuned")
+    (tmp_path / "tuned" / file).write_text(content)
+    with pytest.raises(DeltaweaveError, match=r"tuned.*: Transformers cannot load it \(\S.*\)$"):
+        compare(folder / "base", tmp_path / "tuned", [folder / "poor.safetensors"])
+
+
 def test_a_base_that_lacks_tokens_gets_rows_of_zeros(folder, models):
     base = load_checkpoint(folder / "base")
     tokens = sequences(1, 12)

@@ -87,13 +87,13 @@ def tiny_pair(tmp_path, **tuned):
     return base, perturbed(base, tmp_path / "tuned", **tuned)
 
 
-def handmade(base, path, records, tied=None):
+def handmade(base, path, records, files=None):
     """A delta file of hand-made records."""
     checkpoint = Checkpoint.open(base)
-    architecture = Architecture(checkpoint.model_type, checkpoint.tied if tied is None else tied)
+    architecture = Architecture(checkpoint.model_type, checkpoint.tied)
     tuned = TunedInfo("handmade", None, None, "F32", checkpoint.tensor_bytes)
     header = Header("test", checkpoint.identity(), tuned, architecture, {"name": "handmade"})
-    return write_delta(path, header, records)
+    return write_delta(path, header, records, files=files)
 
 
 def random_factored(shape, rank=5):
@@ -282,6 +282,24 @@ class TestRefusals:
         base = tiny_checkpoint(tmp_path / "base2", dtype=torch.float32)
         records = {"model.norm.weight": random_factored((64, 64))}
         self.refused(load(base), handmade(base, tmp_path / "e.safetensors", records), "has a LlamaRMSNorm there")
+
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            (b"not json", "config.json is not JSON"),
+            (b"[1]", "config.json holds list, expected an object"),
+            (b'{"hidden_size": "wide"}', "config.json is unusable"),
+            (b'{"vocab_size": 99}', "56 rows for a vocabulary of 99"),
+            (b'{"rope_parameters": {"rope_type": "nope", "rope_theta": 1.0}}', "unusable rope_parameters"),
+        ],
+    )
+    def test_damaged_settings(self, tmp_path, config, message):
+        base = tiny_checkpoint(tmp_path / "base2", dtype=torch.float32)
+        if config.startswith(b"{"):
+            config = json.dumps(json.loads((base / "config.json").read_text()) | json.loads(config)).encode()
+        records = {EMBEDDING: random_factored(Checkpoint.open(base).shape(EMBEDDING))}
+        path = handmade(base, tmp_path / "e.safetensors", records, {"config.json": config})
+        self.refused(load(base), path, message)
 
 
 def test_a_bias_where_the_base_has_none(tmp_path):
