@@ -135,10 +135,11 @@ class TestTasks:
         tokenizer = tiny_tokenizer()
         expected = complete(models[0], tokenizer, ["dog"], 8)
         own = models[0].generation_config
-        models[0].generation_config = GenerationConfig(do_sample=True, temperature=9.0, repetition_penalty=5.0)
+        first = tokenizer(expected[0][0])["input_ids"]
+        models[0].generation_config = GenerationConfig(do_sample=True, temperature=9.0, suppress_tokens=first)
         try:
             assert complete(models[0], tokenizer, ["dog"], 8) == expected
-            assert models[0].generation_config.repetition_penalty == 5.0
+            assert models[0].generation_config.suppress_tokens == first
         finally:
             models[0].generation_config = own
 
