@@ -74,7 +74,7 @@ def measure(folder: Path, layers: int, samples: int, length: int, device: str) -
     base, tuned = write_pair(folder, layers)
     command = [sys.executable, "-c", CHILD, str(base), str(tuned), str(folder / "delta.safetensors")]
     start = time.monotonic()
-    process = subprocess.Popen([*command, str(samples), str(length), device], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([*command, str(samples), str(length), device], stdout=subprocess.DEVNULL, cwd=folder)
     peak = 0
     while process.poll() is None:
         peak = max(peak, anonymous_bytes(process.pid))
