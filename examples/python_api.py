@@ -38,14 +38,16 @@ def main() -> None:
             # 3. Serve it from the base, without dense weights.
             model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
             tokens = torch.arange(10)[None]
-            alone = model(tokens).logits
-            with deltaweave.attach(model, delta):
-                served = model(tokens).logits
+            with torch.no_grad():
+                alone = model(tokens).logits
+                with deltaweave.attach(model, delta):
+                    served = model(tokens).logits
             print(f"the delta moves the logits by {float((served - alone).norm() / alone.norm()):.2f} of their norm")
 
         # 4. Or write the dense fine-tune out.
         dense = deltaweave.apply(base, output, Path(folder) / "dense")
-        again = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(tokens).logits
+        with torch.no_grad():
+            again = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(tokens).logits
         print(f"attached and dense agree to {float((served - again).norm() / again.norm()):.0e}")
         assert all(check.passed for check in deltaweave.verify(output, base, tuned))
 
