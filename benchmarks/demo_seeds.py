@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo's table over three seeds: is what `make demo` shows luck? Slow on two cores (five minutes a seed).
 
-    python benchmarks/demo_seeds.py --seeds 0 1 2 --output benchmarks/results/demo_seeds.json
+python benchmarks/demo_seeds.py --seeds 0 1 2 --output benchmarks/results/demo_seeds.json
 """
 
 from __future__ import annotations
