@@ -22,10 +22,10 @@ int multiprocessors() {
 
 namespace {
 
-// Stage 1 reads 16 bytes at a time: rows that are aligned so need no copy.
+// Stage 1 reads whole groups of 128 features, 16 bytes at a time: rows that are so need no copy.
 bool readable_in_place(const dw_gemm& args) {
   return args.dtype == DW_FLOAT16 && reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
-         args.x_stride % 8 == 0 && args.in_features % 8 == 0 && args.in_offset % 8 == 0;
+         args.x_stride % 8 == 0 && args.in_features % kGroup == 0 && args.in_offset == 0;
 }
 
 Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
@@ -36,11 +36,9 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
   gemm.slot_count = args.slot_count;
   gemm.token_count = args.token_count;
   gemm.in_groups = cut.padded_in / kGroup;
-  gemm.x = in_place ? static_cast<const __half*>(args.x) - args.in_offset
+  gemm.x = in_place ? static_cast<const __half*>(args.x)
                     : reinterpret_cast<const __half*>(workspace + cut.x);
   gemm.x_stride = in_place ? args.x_stride : cut.padded_in;
-  gemm.x_from = in_place ? args.in_offset : 0;
-  gemm.x_to = in_place ? args.in_offset + args.in_features : cut.padded_in;
   gemm.x_scale = in_place ? nullptr : reinterpret_cast<const float*>(workspace + cut.x_scale);
   gemm.plan = static_cast<const int*>(args.plan);
   gemm.h = reinterpret_cast<float*>(workspace + cut.h);

@@ -24,9 +24,8 @@ struct Gemm {
   const int64_t* directory;
   int slot_count;
   int token_count, in_groups;
-  const __half* x;  // row t begins its first whole group of 128 at x + t * x_stride
+  const __half* x;  // [tokens, 128 * in_groups]
   int64_t x_stride;
-  int x_from, x_to;      // features of the groups that may be read; others count as zero
   const float* x_scale;  // undoes x's power of two; null for 1
   const int* plan;
   float* h;

@@ -75,7 +75,6 @@ DW_HD int u_group_bytes(int bits, int rank) {
 
 DW_HD int group_count(int features, int offset) { return ceil_div(features + offset, kGroup); }
 DW_HD int padded_rank(int rank) { return ceil_div(rank, 16) * 16; }
-DW_HD constexpr int center_of(int bits) { return bits == 1 || bits == 16 ? 0 : 1 << (bits - 1); }
 
 DW_HD int band_bits(int64_t shape) { return static_cast<int>(shape & 0xff); }
 DW_HD int band_grid(int64_t shape) { return static_cast<int>(shape >> 8 & 0xff); }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Activations for the first product: fp16 rows in whole groups of 128, for inputs that are not so
-// already (bf16, rows not aligned to 16 bytes).
+// already (bf16, rows not aligned to 16 bytes, features that end within a group).
 //
 //   x  [tokens, in_features] fp16 or bf16  ->  [tokens, padded_in] fp16, zeros in front of
 //   in_offset and at the end x_scale  float [tokens]: bf16 rows are multiplied by a power of two

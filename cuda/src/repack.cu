@@ -34,7 +34,7 @@ struct Band {
 
 template <int kBits>
 __device__ __forceinline__ uint32_t read_code(const Band& band, int rank, int feature) {
-  if (rank >= band.rank || feature < 0 || feature >= band.features) return center_of(kBits);
+  if (rank >= band.rank || feature < 0 || feature >= band.features) return 0;
   if constexpr (kBits == 16) {
     const int64_t index = static_cast<int64_t>(rank) * band.features + feature;
     return reinterpret_cast<const uint16_t*>(band.codes)[index];
@@ -57,7 +57,8 @@ __device__ __forceinline__ void place_pair(uint32_t (&words)[2 * kBits], int j, 
     for (int i = 0; i < 3; ++i) words[3 * (j - 30) + i] |= (pair >> i & 0x00010001u) << 15;
     return;
   }
-  words[j / Place<kBits>::kPairs] |= pair << kBits * (j % Place<kBits>::kPairs);
+  const Spot at = spot<kBits>(j);
+  words[at.word] |= pair << at.bit;
 }
 
 template <int kBits>

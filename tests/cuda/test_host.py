@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
+import subprocess
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from deltaweave.runtime_plugin.library import (
@@ -285,6 +288,29 @@ def test_plan_bytes(library):
     assert library.plan_bytes(1) == 4 * (8 + 4 + 4)
     with pytest.raises(LibraryError, match="token_count 2049"):
         library.plan_bytes(2049)
+
+
+def test_library_without_kernels_says_so(library):
+    if library.has_cuda:
+        pytest.skip("this library has kernels")
+    with pytest.raises(LibraryError, match="dw_delta_gemm: this libdeltaweave was built without CUDA"):
+        library.delta_gemm(good_gemm(library))
+
+
+def test_build_without_a_cuda_compiler_is_skipped(tmp_path):
+    """Asking for kernels where there is no nvcc configures, says what is missing, and builds nothing."""
+    cmake = shutil.which("cmake")
+    if cmake is None:
+        pytest.skip("needs cmake")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name in ("cmake", "make", "ninja", "uname"):
+        if found := shutil.which(name):
+            (tools / name).symlink_to(found)
+    command = [cmake, "-S", str(Path(__file__).parents[2]), "-B", str(tmp_path / "build"), "-DDELTAWEAVE_CUDA=ON"]
+    done = subprocess.run(command, env={"PATH": str(tools)}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "no CUDA compiler found, libdeltaweave is not built" in done.stdout
 
 
 def test_closed_arena(library):
