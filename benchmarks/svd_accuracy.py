@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from deltaweave.converter.svd import truncated_svd
 
 SHAPES = [(576, 576), (1536, 576), (1536, 1536)]
@@ -67,9 +66,7 @@ def spectrum_like_a_fine_tune(shape: tuple[int, int]) -> torch.Tensor:
     return left * torch.arange(1, rank + 1) ** -0.6 @ right.T
 
 
-def errors(
-    delta: torch.Tensor, truth: Any, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor
-) -> dict[str, float]:
+def errors(delta: torch.Tensor, truth: Any, u: torch.Tensor, sigma: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
     best = truth.S[len(sigma) :].norm()
     found = (delta.double() - (u.double() * sigma.double()) @ v.double()).norm()
     return {

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from deltaweave.converter.checkpoint import EMBEDDING, Checkpoint
-from deltaweave.converter.errors import CalibrationError, CheckpointError
+from deltaweave.converter.errors import CalibrationError, CheckpointError, OutputError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -98,10 +98,13 @@ class Activations:
         """Maps `path`, creating or resizing it to fit."""
         self.path, self.shape, self.dtype = path, shape, dtype
         size = int(np.prod(shape)) * dtype.itemsize
-        with path.open("ab") as file:
-            file.truncate(size)
-            # Claims the space now: a full disk is an error here, not a crash at some later write to the map.
-            os.posix_fallocate(file.fileno(), 0, size)
+        try:
+            with path.open("ab") as file:
+                file.truncate(size)
+                # Claims the space now: a full disk is an error here, not a crash at some later write to the map.
+                os.posix_fallocate(file.fileno(), 0, size)
+        except OSError as error:
+            raise OutputError(f"{path}: {size} bytes cannot be claimed ({error.strerror})") from error
         self._map = np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,))
         self._tensor = torch.from_numpy(self._map).view(dtype).view(shape)
 

@@ -124,8 +124,11 @@ def _make(folder: Path) -> None:
 
 def _write_durably(file: Path, text: str) -> None:
     temporary = file.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as handle:
-        handle.write(text)
-        handle.flush()
-        os.fsync(handle.fileno())
-    temporary.replace(file)
+    try:
+        with temporary.open("w", encoding="utf-8") as handle:
+            handle.write(text)
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except OSError as error:
+        raise OutputError(f"{file}: cannot be written ({error.strerror})") from error

@@ -24,6 +24,8 @@ from deltaweave.formats import DeltaweaveError
 __all__ = ["app", "main"]
 
 ERROR_STATUS = 2
+# What typer makes of Ctrl-C before we see it.
+INTERRUPTED_STATUS = 130
 
 app = typer.Typer(
     name="deltaweave",
@@ -74,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         if debug:
             traceback.print_exc()
         sys.exit(_explain(error))
+    if status == INTERRUPTED_STATUS:
+        sys.exit(_explain(KeyboardInterrupt()))
     sys.exit(status if isinstance(status, int) else 0)
 
 

@@ -91,7 +91,9 @@ def test_factored(case, tokens):
     x = generator.standard_normal((tokens, record.shape[1]))
     expected = product(record, x)
     got = delta_linear(torch.from_numpy(x).float(), FactoredDelta.of(record)).double().numpy()
-    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(expected) + 1e-12
+    # Terms may cancel, so float32 is held to the size of what is added up.
+    terms = (np.abs(x) @ np.abs(exact(record.v)).T * record.sigma) @ np.abs(exact(record.u))
+    assert np.linalg.norm(got - expected) <= 1e-5 * np.linalg.norm(terms) + 1e-12
 
 
 @settings(max_examples=60, deadline=None)

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line: what works, and that whatever goes wrong is one line and exit status 2."""
+
+import errno
+import json
+import shutil
+
+import pytest
+from deltaweave.formats import Delta
+from helpers import perturbed, tiny_checkpoint
+
+import deltaweave.cli.compress as compress_cli
+from deltaweave import __version__
+from deltaweave.cli import main
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """(base, tuned, delta) made once by the command itself."""
+    folder = tmp_path_factory.mktemp("cli")
+    base = tiny_checkpoint(folder / "base")
+    tuned = perturbed(base, folder / "tuned")
+    delta = folder / "d.safetensors"
+    assert run("compress", *pair(base, tuned), "-o", delta, *QUICK) == 0
+    return base, tuned, delta
+
+
+QUICK = ("--ratio", "3/4", "--calibration", "none")
+
+
+def pair(base, tuned):
+    return "--base", base, "--tuned", tuned
+
+
+def run(*words):
+    with pytest.raises(SystemExit) as caught:
+        main([str(word) for word in words])
+    return caught.value.code
+
+
+def refused(capsys, *words):
+    """Runs a command that must fail; returns its one line."""
+    capsys.readouterr()
+    assert run(*words) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_version_and_help(capsys):
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"deltaweave {__version__}\n"
+    for command in ("compress", "inspect", "verify", "apply", "generate", "compare"):
+        assert run(command, "--help") == 0
+        assert "Example" in capsys.readouterr().out
+
+
+def test_inspect_json_has_the_bytes_that_are_there(made, capsys):
+    assert run("inspect", made[2], "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bytes"]["file"] == made[2].stat().st_size
+    projections = [record for record in found["records"] if record["kind"] == "factored"]
+    assert len(projections) == 14
+    assert sum(record["bytes"] for record in projections) == found["bytes"]["projections"]
+    assert all(0 < record["alpha"] < record["ratio"] <= 0.75 for record in projections)
+
+
+def test_verify_passes_and_says_what_it_looked_at(made, capsys):
+    assert run("verify", made[2], *pair(*made[:2]), "--json") == 0
+    checks = json.loads(capsys.readouterr().out)
+    assert [check["name"] for check in checks] == ["integrity", "base", "fine-tune"]
+    assert all(check["passed"] for check in checks)
+
+
+def test_verify_finds_a_flipped_bit(made, tmp_path, capsys):
+    damaged = bytearray(made[2].read_bytes())
+    damaged[-300] ^= 4
+    (tmp_path / "bad.safetensors").write_bytes(damaged)
+    assert run("verify", tmp_path / "bad.safetensors") == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_verify_finds_another_fine_tune_and_another_base(made, tmp_path, capsys):
+    other = perturbed(made[0], tmp_path / "other", seed=7)
+    assert run("verify", made[2], *pair(made[0], other)) == 1
+    assert "the file states" in capsys.readouterr().out.replace("\n", " ")
+    assert run("verify", made[2], "--base", tiny_checkpoint(tmp_path / "base", seed=9)) == 1
+    assert "tensors are not" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_apply_writes_a_folder(made, tmp_path):
+    assert run("apply", made[2], "--base", made[0], "-o", tmp_path / "dense") == 0
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        file.name for file in (tmp_path / "dense").iterdir()
+    }
+
+
+def test_dry_run_writes_nothing(made, tmp_path, capsys):
+    assert run("compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *QUICK, "--dry-run", "--json") == 0
+    costs = json.loads(capsys.readouterr().out)
+    with Delta.open(made[2]) as delta:
+        assert costs["projection_bytes"] == delta.byte_count().projections
+    assert costs["seconds"] > 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shrunk_bands_are_told(made, tmp_path, capsys):
+    words = ("--bands", "8:8,3:32,2:*", "--ratio", "0.6", "--calibration", "none", "--dry-run")
+    assert run("compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *words) == 0
+    assert "their ranks shrink in" in capsys.readouterr().err.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--bands", "9:1"), "9 bits, expected one of"),
+        (("--bands", "8:x"), "'8:x' is not BITS:RANK"),
+        (("--ratio", "much"), "--ratio much: expected a number"),
+        (("--ratio", "0"), "ratio: Input should be greater than 0"),
+        (("--ratio", "1/100000"), "has a budget of"),
+        (("--recipe", "quadruple"), "recipe 'quadruple': unknown"),
+        (("--recipe", "gone.yaml"), "gone.yaml: not readable"),
+        (("--calibration", "gone.txt", "--ratio", "3/4"), "gone.txt: not readable"),
+        (("--samples", "0"), "--samples"),
+        (("--nonsense",), "No such option: --nonsense"),
+        (("--embeddings", "tiny"), "--embeddings"),
+    ],
+)
+def test_bad_options(made, tmp_path, capsys, options, message):
+    assert message in refused(capsys, "compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *options)
+    assert not (tmp_path / "d.safetensors").exists()
+
+
+def test_missing_folder(made, tmp_path, capsys):
+    line = refused(capsys, "compress", *pair(tmp_path / "gone", made[1]), "-o", tmp_path / "d.safetensors")
+    assert f"{tmp_path / 'gone'}: not a folder" in line
+
+
+def test_existing_output(made, capsys):
+    before = made[2].read_bytes()
+    assert "exists (--force replaces it)" in refused(capsys, "compress", *pair(*made[:2]), "-o", made[2], *QUICK)
+    assert made[2].read_bytes() == before
+
+
+def test_wrong_base(made, tmp_path, capsys):
+    other = tiny_checkpoint(tmp_path / "other", seed=3)
+    line = refused(capsys, "apply", made[2], "--base", other, "-o", tmp_path / "dense")
+    assert "is not the base that" in line
+    assert not (tmp_path / "dense").exists()
+
+
+def test_unsupported_architecture(made, tmp_path, capsys):
+    shutil.copytree(made[1], tmp_path / "tuned")
+    config = json.loads((tmp_path / "tuned" / "config.json").read_text())
+    (tmp_path / "tuned" / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
+    line = refused(capsys, "compress", *pair(made[0], tmp_path / "tuned"), "-o", tmp_path / "d.safetensors")
+    assert "architecture 'gpt2' is not supported" in line
+
+
+def test_damaged_delta(made, tmp_path, capsys):
+    (tmp_path / "cut.safetensors").write_bytes(made[2].read_bytes()[:-1])
+    assert "cut.safetensors" in refused(capsys, "inspect", tmp_path / "cut.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("failure", "message"),
+    [
+        (KeyboardInterrupt(), "interrupted"),
+        (OSError(errno.ENOSPC, "No space left on device", "/disk/file"), "/disk/file: no space left"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_interruptions_are_one_line(made, tmp_path, capsys, monkeypatch, failure, message):
+    def fail(*_, **__):
+        raise failure
+
+    monkeypatch.setattr(compress_cli, "compress", fail)
+    assert message in refused(capsys, "compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *QUICK)
+
+
+def test_full_disk_while_the_output_is_written(made, tmp_path, capsys, monkeypatch):
+    def fail(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("deltaweave.formats.container.os.fsync", fail)
+    words = ("compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *QUICK)
+    capsys.readouterr()
+    assert run(*words) == 2
+    assert "No space left on device" in capsys.readouterr().err
+    assert not (tmp_path / "d.safetensors").exists()
+    monkeypatch.undo()
+    assert run(*words) == 0
+
+
+def test_debug_shows_the_trace(made, capsys):
+    assert run("compress", *pair(*made[:2]), "-o", made[2], *QUICK, "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
