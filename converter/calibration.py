@@ -26,6 +26,7 @@ __all__ = [
     "CalibrationData",
     "compute_dtype",
     "default_sequence_length",
+    "source_digest",
 ]
 
 DEFAULT_TEXT = "default"
@@ -84,6 +85,15 @@ class CalibrationData:
         starts = torch.randint(len(stream) - sequence_length + 1, (samples,), generator=generator)
         tokens = torch.tensor(stream)[starts[:, None] + torch.arange(sequence_length)]
         return cls(tokens, name, hashlib.sha256(content).hexdigest())
+
+
+def source_digest(source: str | Path) -> str:
+    """SHA-256 of a calibration text as it is now, in hexadecimal.
+
+    Raises:
+        CalibrationError: an unreadable text.
+    """
+    return hashlib.sha256(_read_source(source)[0]).hexdigest()
 
 
 def default_sequence_length(config: dict[str, Any]) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deltaweave.converter.calibration import source_digest
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.errors import CheckpointError
 from deltaweave.converter.families import Projection, family_of
@@ -144,6 +145,7 @@ def resume_key(plan: CompressionPlan, options: CompressionOptions) -> dict[str, 
         "tuned": plan.tuned.fingerprint(),
         "recipe": options.recipe.model_dump(),
         "calibration": options.calibration,
+        "calibration_text": source_digest(options.calibration) if options.calibrated else None,
         "samples": options.samples,
         "sequence_length": options.sequence_length,
         "seed": options.seed,

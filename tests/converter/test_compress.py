@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -193,6 +194,16 @@ def test_changed_options_are_refused_until_restarted(pair, tmp_path, monkeypatch
     with pytest.raises(ResumeError, match=r"unfinished work with other options \(recipe\)"):
         compress(*pair, out, options(bands="3:*"))
     compress(*pair, out, options(bands="3:*"), restart=True)
+
+
+def test_changed_calibration_text_is_refused(pair, tmp_path, text, monkeypatch):
+    out = tmp_path / "d.safetensors"
+    monkeypatch.setattr(compress_module, "package", lambda *_, **__: (_ for _ in ()).throw(Killed))
+    with pytest.raises(Killed):
+        compress(*pair, out, options(calibration=text))
+    Path(text).write_text("another text, as long as the first one was, and about other things. " * 50)
+    with pytest.raises(ResumeError, match=r"with other options \(calibration_text\)"):
+        compress(*pair, out, options(calibration=text))
 
 
 def test_existing_output_is_kept(pair, tmp_path):
