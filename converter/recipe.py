@@ -11,13 +11,12 @@ from typing import Any, Literal
 
 import yaml
 from deltaweave.converter.errors import RecipeError
-from deltaweave.formats import Band, factored_bytes
+from deltaweave.formats import CODE_BITS, MAX_BANDS, Band, factored_bytes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 __all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "parse_bands", "published_alpha"]
 
-BITS = (1, 2, 3, 4, 8, 16)
-MAX_BANDS = 8
+BITS = (*CODE_BITS, 16)
 Rank = int | Literal["*", "full"]
 
 

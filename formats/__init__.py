@@ -13,6 +13,7 @@ from deltaweave.formats.identity import (
     sampled_fingerprint,
     tensor_digest,
 )
+from deltaweave.formats.layout import MAX_BANDS
 from deltaweave.formats.matrix import Band, ByteCount, PackedBand, PackedMatrix
 from deltaweave.formats.packing import CODE_BITS, pack_codes, row_bytes, unpack_codes
 from deltaweave.formats.records import (
@@ -34,6 +35,7 @@ from deltaweave.formats.writer import load_records, save_records, write_delta
 __all__ = [
     "CODE_BITS",
     "FORMAT_VERSION",
+    "MAX_BANDS",
     "Architecture",
     "Band",
     "BaseIdentity",
