@@ -30,7 +30,7 @@ test: $(READY)  ## the fast tests
 test-slow: $(READY)  ## the slow CPU tests
 	@$(BIN)/python -m pytest -m slow
 
-models: $(READY)  ## fetch the real models that `pytest -m realmodel` needs (440 MB)
+models: $(READY)  ## fetch the real models that `pytest -m realmodel` needs (166 MB)
 	@$(BIN)/python tests/fetch_models.py $(MODELS)
 
 examples: $(READY)  ## run the examples
