@@ -13,6 +13,7 @@ from deltaweave.converter.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE, Che
 from deltaweave.converter.errors import CheckpointError, OutputError
 from deltaweave.converter.plan import Progress, silent
 from deltaweave.formats import Delta, ReplaceRecord
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 __all__ = ["apply", "require_base", "tuned_names", "tuned_tensor", "write_side_files"]
@@ -79,9 +80,12 @@ def require_base(base: Checkpoint, delta: Delta, *, accept: bool = False) -> Non
 
 
 def tuned_names(base: Checkpoint, delta: Delta) -> list[str]:
-    """The tensors of base + delta: the base's, those that the delta adds, without aliases of tied weights."""
+    """The tensors of base + delta: the base's, those that the delta adds, without aliases of tied weights.
+
+    A weight that is tied in the base alone is one: it has no record where the fine-tune left it at the base's value.
+    """
     tied = delta.header.architecture.tied
-    return sorted(name for name in {*base.names, *delta.names} if name not in tied)
+    return sorted(name for name in {*base.names, *base.tied, *delta.names} if name not in tied)
 
 
 def tuned_tensor(base: Checkpoint, delta: Delta, name: str) -> torch.Tensor:
@@ -109,7 +113,7 @@ def _write_weights(base: Checkpoint, delta: Delta, folder: Path, progress: Progr
     shards: list[list[str]] = []
     for names, tensors in _shards(base, delta, progress):
         shards.append(names)
-        save_file(tensors, folder / _shard_name(len(shards)), metadata={"format": "pt"})
+        _save_shard(tensors, folder / _shard_name(len(shards)))
     if len(shards) == 1:
         (folder / _shard_name(1)).rename(folder / SINGLE_FILE)
         return
@@ -122,6 +126,13 @@ def _write_weights(base: Checkpoint, delta: Delta, folder: Path, progress: Progr
         weight_map |= dict.fromkeys(names, final)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX_FILE).write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
+
+
+def _save_shard(tensors: dict[str, torch.Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except (SafetensorError, OSError) as error:  # a full disk is the former
+        raise OutputError(f"{file}: cannot be written ({error})") from error
 
 
 def _shards(base: Checkpoint, delta: Delta, progress: Progress) -> Iterator[tuple[list[str], dict[str, torch.Tensor]]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaweave.formats import Delta
+from deltaweave.formats.container import write_atomically
 
 __all__ = ["card_path", "write_card"]
 
@@ -53,7 +54,11 @@ def card_path(delta: Path) -> Path:
 
 
 def write_card(path: Path, command: str | None) -> None:
-    """Writes the card of the delta at `path` from its header."""
+    """Writes the card of the delta at `path` from its header.
+
+    Raises:
+        DeltaweaveError: it cannot be written, on a full disk say; an older card is left as it was.
+    """
     with Delta.open(path) as delta:
         header, count = delta.header, delta.byte_count()
         text = TEMPLATE.format(
@@ -78,7 +83,7 @@ def write_card(path: Path, command: str | None) -> None:
             recipe=", ".join(f"{key} {value}" for key, value in header.method.get("recipe", {}).items() if value != {}),
             command=command or "deltaweave.compress(...) from Python",
         )
-    card_path(path).write_text(text, encoding="utf-8")
+    write_atomically(card_path(path), lambda write: write(text.encode()))
 
 
 def ratio_text(part: int, whole: int) -> str:

@@ -2,16 +2,22 @@
 """The command line: what works, and that whatever goes wrong is one line and exit status 2."""
 
 import errno
+import importlib
 import json
 import shutil
 
 import pytest
 from deltaweave.formats import Delta
 from helpers import perturbed, tiny_checkpoint
+from safetensors import SafetensorError
 
 import deltaweave.cli.compress as compress_cli
 from deltaweave import __version__
 from deltaweave.cli import main
+
+# The packages export functions under these modules' names.
+compress_module = importlib.import_module("deltaweave.converter.compress")
+apply_module = importlib.import_module("deltaweave.converter.apply")
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +52,24 @@ def refused(capsys, *words):
     assert len(lines) == 1, lines
     assert lines[0].startswith("error: ")
     return lines[0]
+
+
+def failed(capsys, *words):
+    """The same for a command that fails at work: bars of its progress stand before the one line."""
+    capsys.readouterr()
+    assert run(*words) == 2
+    captured = capsys.readouterr()
+    lines = captured.err.strip().splitlines()
+    assert [line for line in lines if line.startswith("error: ")] == lines[-1:]
+    assert "Traceback" not in captured.err
+    return lines[-1]
+
+
+def raising(error):
+    def fail(*_, **__):
+        raise error
+
+    return fail
 
 
 def test_version_and_help(capsys):
@@ -172,25 +196,128 @@ def test_damaged_delta(made, tmp_path, capsys):
     ],
 )
 def test_interruptions_are_one_line(made, tmp_path, capsys, monkeypatch, failure, message):
-    def fail(*_, **__):
-        raise failure
-
-    monkeypatch.setattr(compress_cli, "compress", fail)
+    monkeypatch.setattr(compress_cli, "compress", raising(failure))
     assert message in refused(capsys, "compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *QUICK)
 
 
-def test_full_disk_while_the_output_is_written(made, tmp_path, capsys, monkeypatch):
-    def fail(_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+@pytest.mark.parametrize("at", [1, 3, 8])
+def test_ctrl_c_at_work_leaves_no_output_and_is_resumed(made, tmp_path, capsys, monkeypatch, at):
+    original, calls = compress_module.compress_stage, []
 
-    monkeypatch.setattr("deltaweave.formats.container.os.fsync", fail)
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(compress_module, "compress_stage", interrupted)
+    out = tmp_path / "d.safetensors"
+    words = ("compress", *pair(*made[:2]), "-o", out, *QUICK)
+    assert failed(capsys, *words).startswith("error: interrupted; finished layers are kept")
+    assert [file.name for file in tmp_path.iterdir()] == ["d.safetensors.partial"]
+    assert run(*words) == 0
+    assert out.read_bytes() == made[2].read_bytes()
+    assert not (tmp_path / "d.safetensors.partial").exists()
+
+
+def test_full_disk_while_the_output_is_written(made, tmp_path, capsys, monkeypatch):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr("deltaweave.formats.container.os.fsync", raising(full))
     words = ("compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *QUICK)
-    capsys.readouterr()
-    assert run(*words) == 2
-    assert "No space left on device" in capsys.readouterr().err
+    assert failed(capsys, *words).endswith("cannot be written (No space left on device)")
     assert not (tmp_path / "d.safetensors").exists()
     monkeypatch.undo()
     assert run(*words) == 0
+
+
+def test_full_disk_while_the_card_is_written(made, tmp_path, capsys, monkeypatch):
+    """The delta is whole by then; the card is there or not, never cut."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+    original = compress_module.package.__globals__["write_card"]
+
+    def write_card(*arguments):
+        monkeypatch.setattr("deltaweave.formats.container.os.fsync", raising(full))
+        original(*arguments)
+
+    monkeypatch.setattr("deltaweave.converter.packaging.write_card", write_card)
+    out = tmp_path / "d.safetensors"
+    line = failed(capsys, "compress", *pair(*made[:2]), "-o", out, *QUICK)
+    assert line == f"error: {tmp_path / 'd.md'}: cannot be written (No space left on device)"
+    assert out.read_bytes() == made[2].read_bytes()
+    assert not (tmp_path / "d.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("function", "failure", "message"),
+    [
+        ("tuned_tensor", KeyboardInterrupt(), "error: interrupted"),
+        # What safetensors makes of a full disk.
+        ("save_file", SafetensorError("I/O error: No space left on device (os error 28)"), "No space left on device"),
+        ("save_file", OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
+    ],
+)
+def test_apply_that_fails_at_work_leaves_nothing(made, tmp_path, capsys, monkeypatch, function, failure, message):
+    monkeypatch.setattr(apply_module, function, raising(failure))
+    assert message in failed(capsys, "apply", made[2], "--base", made[0], "-o", tmp_path / "dense")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_apply_keeps_an_existing_folder(made, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    line = refused(capsys, "apply", made[2], "--base", made[0], "-o", tmp_path)
+    assert line == f"error: {tmp_path}: exists (--force replaces it)"
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+COMMANDS = {
+    "inspect": (),
+    "verify": (),
+    "apply": ("--base", "BASE", "-o", "OUT"),
+    "generate": ("--base", "BASE", "--prompt", "dog"),
+    "compare": ("--base", "BASE", "--tuned", "TUNED"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "text", "header", "checkpoint"])
+def test_every_command_names_a_delta_that_is_none(made, tmp_path, capsys, command, damage):
+    whole, bad = made[2].read_bytes(), tmp_path / "bad.safetensors"
+    content = {
+        "empty": b"",
+        "cut": whole[: len(whole) // 2],
+        "text": b"this is no delta, whatever its name says " * 9,
+        "header": whole[:8] + b"[" + whole[9:],
+        "checkpoint": (made[0] / "model.safetensors").read_bytes(),
+    }
+    if damage != "missing":
+        bad.write_bytes(content[damage])
+    places = {"BASE": made[0], "TUNED": made[1], "OUT": tmp_path / "out"}
+    assert "bad.safetensors" in failed(capsys, command, bad, *(places.get(word, word) for word in COMMANDS[command]))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("train",), "No such command 'train'"),
+        (("compress", "--base", "b", "--tuned", "t"), "--output"),
+        (("apply", "d.safetensors", "-o", "out"), "--base"),
+        (("inspect",), "'delta'"),
+        (
+            ("generate", "d.safetensors", "--base", "b", "--prompt", "x", "--max-new-tokens", "many"),
+            "'--max-new-tokens'",
+        ),
+    ],
+)
+def test_what_is_wrong_with_a_command_is_named(capsys, words, message):
+    assert message in refused(capsys, *words)
+
+
+def test_a_dry_run_makes_no_folder(made, tmp_path, capsys):
+    words = ("--ratio", "3/4", "--samples", "4", "--sequence-length", "32", "--dry-run")
+    assert run("compress", *pair(*made[:2]), "-o", tmp_path / "new" / "d.safetensors", *words) == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_debug_shows_the_trace(made, capsys):
