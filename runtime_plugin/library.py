@@ -10,8 +10,9 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Iterable, Sequence
-from ctypes import POINTER, byref, c_char_p, c_int32, c_int64, c_size_t, c_uint64, c_void_p
+from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
+from enum import IntEnum
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,30 +20,87 @@ from deltaweave.formats.errors import DeltaweaveError
 
 __all__ = [
     "ABI_VERSION",
+    "BAND_FIELDS",
     "DIRECTORY_FIELDS",
+    "DTYPES",
+    "GRIDS",
+    "MAX_BANDS",
+    "MAX_SLICES",
+    "MAX_TOKENS",
     "Arena",
     "ArenaFullError",
     "ArenaStats",
+    "BandField",
     "BandShape",
-    "Factors",
+    "Batch",
+    "Bias",
+    "BiasSlice",
+    "Embedding",
+    "Field",
     "Gemm",
     "Library",
     "LibraryError",
-    "Projection",
+    "Norm",
+    "Parameter",
+    "ParameterKind",
+    "Payload",
+    "Record",
+    "RecordKind",
     "RepackArgs",
     "Slice",
     "find_library",
 ]
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 MAX_BANDS = 8
 MAX_SLICES = 4
-DIRECTORY_FIELDS = 8 + MAX_BANDS * 4
+MAX_TOKENS = 2048
 FULL = 3
 GRIDS = {"none": 0, "affine": 1, "codebook": 2}
 DTYPES = {"float16": 0, "bfloat16": 1}
 ENVIRONMENT = "DELTAWEAVE_LIBRARY"
 FILE_NAME = "libdeltaweave.so"
+
+
+class ParameterKind(IntEnum):
+    """What a parameter of the base is: dw_parameter_kind."""
+
+    LINEAR, EMBEDDING, VECTOR = range(3)
+
+
+class RecordKind(IntEnum):
+    """How a tenant changes a parameter: dw_record_kind."""
+
+    FACTORED, DENSE, ROWS, VALUES = range(4)
+
+
+class Field(IntEnum):
+    """Places in a row of the directory. KIND holds a `RecordKind` plus 1; BANDS is the first band's first field."""
+
+    BAND_COUNT = 0
+    ROW_BLOCKS = 1
+    PADDED_RANK = 2
+    HEADER = 3
+    SIGMA = 4
+    KIND = 5
+    INDICES = 6
+    VALUES = 7
+    ROWS = 8
+    V_GROUP_SIZE = 9
+    V_GROUP_OFFSET = 10
+    U_GROUP_SIZE = 11
+    U_GROUP_OFFSET = 12
+    BANDS = 16
+
+
+class BandField(IntEnum):
+    """Places within a band of a directory row. SHAPE is bits | grid << 8 | rank << 16."""
+
+    SHAPE, V, U, LEVELS = range(4)
+
+
+BAND_FIELDS = len(BandField)
+DIRECTORY_FIELDS = Field.BANDS + MAX_BANDS * BAND_FIELDS
 
 
 class LibraryError(DeltaweaveError, RuntimeError):
@@ -53,10 +111,14 @@ class ArenaFullError(LibraryError):
     """No slot, or not enough free bytes, for another tenant."""
 
 
-class Projection(ctypes.Structure):
-    """A linear layer, or a tensor-parallel shard whose first feature lies `offset` behind a multiple of 128."""
+class Parameter(ctypes.Structure):
+    """A parameter of the base, or a tensor-parallel shard whose first feature lies `offset` behind a multiple of 128.
+
+    A vector has its length as in_features and 1 as out_features; an embedding its rows as out_features.
+    """
 
     _fields_: ClassVar = [
+        ("kind", c_int32),
         ("in_features", c_int32),
         ("out_features", c_int32),
         ("in_offset", c_int32),
@@ -70,11 +132,14 @@ class BandShape(ctypes.Structure):
     _fields_: ClassVar = [("bits", c_int32), ("rank", c_int32), ("grid", c_int32)]
 
 
-class Factors(ctypes.Structure):
-    """The shape of one factored record; a group size of 0 is one group."""
+class Record(ctypes.Structure):
+    """The shape of one tenant's record of one parameter; a group size of 0 is one group."""
 
     _fields_: ClassVar = [
-        ("projection", c_int32),
+        ("parameter", c_int32),
+        ("kind", c_int32),
+        ("rows", c_int32),
+        ("shares", c_int32),
         ("band_count", c_int32),
         ("bands", BandShape * MAX_BANDS),
         ("v_group_size", c_int32),
@@ -84,17 +149,17 @@ class Factors(ctypes.Structure):
     ]
 
     @classmethod
-    def of(
+    def factored(
         cls,
-        projection: int,
+        parameter: int,
         bands: Sequence[tuple[int, int, str]],
         group_sizes: tuple[int | None, int | None] = (128, 128),
         group_offsets: tuple[int, int] = (0, 0),
-    ) -> Factors:
-        """Builds the struct.
+    ) -> Record:
+        """v, u and sigma of a linear parameter.
 
         Args:
-            projection: index in the arena's table.
+            parameter: index in the arena's table.
             bands: (bits, rank, grid kind as the format names it).
             group_sizes: of v and u; None for one group.
             group_offsets: of v and u, in elements.
@@ -104,14 +169,40 @@ class Factors(ctypes.Structure):
         """
         if not 1 <= len(bands) <= MAX_BANDS:
             raise LibraryError(f"{len(bands)} bands, expected 1 to {MAX_BANDS}")
-        factors = cls(projection=projection, band_count=len(bands))
+        record = cls(parameter=parameter, kind=RecordKind.FACTORED, shares=-1, band_count=len(bands))
         for place, (bits, rank, grid) in enumerate(bands):
             if grid not in GRIDS:
                 raise LibraryError(f"grid {grid!r}, expected one of {', '.join(GRIDS)}")
-            factors.bands[place] = BandShape(bits, rank, GRIDS[grid])
-        factors.v_group_size, factors.u_group_size = (size or 0 for size in group_sizes)
-        factors.v_group_offset, factors.u_group_offset = group_offsets
-        return factors
+            record.bands[place] = BandShape(bits, rank, GRIDS[grid])
+        record.v_group_size, record.u_group_size = (size or 0 for size in group_sizes)
+        record.v_group_offset, record.u_group_offset = group_offsets
+        return record
+
+    @classmethod
+    def dense(
+        cls, parameter: int, rows: int, bits: int, grid: str, group_size: int | None = 128, group_offset: int = 0
+    ) -> Record:
+        """Low-bit rows added to the first `rows` of an embedding or lm_head; the arguments as for `factored`."""
+        record = cls.factored(parameter, [(bits, rows, grid)], (group_size, None), (group_offset, 0))
+        record.kind, record.rows = RecordKind.DENSE, rows
+        return record
+
+    @classmethod
+    def replaced_rows(cls, parameter: int, rows: int) -> Record:
+        """`rows` fp16 rows that replace those of an embedding or lm_head."""
+        record = cls(parameter=parameter, kind=RecordKind.ROWS, rows=rows, shares=-1, band_count=1)
+        record.bands[0] = BandShape(16, rows, GRIDS["none"])
+        return record
+
+    @classmethod
+    def values(cls, parameter: int) -> Record:
+        """Float32 values that replace a norm weight or bias."""
+        return cls(parameter=parameter, kind=RecordKind.VALUES, shares=-1)
+
+    @classmethod
+    def shared(cls, parameter: int, owner: int) -> Record:
+        """The record of parameter `owner` of the same tenant, for a parameter that is tied to it."""
+        return cls(parameter=parameter, shares=owner)
 
 
 class ArenaConfig(ctypes.Structure):
@@ -119,8 +210,8 @@ class ArenaConfig(ctypes.Structure):
         ("device_address", c_uint64),
         ("bytes", c_uint64),
         ("slot_count", c_int32),
-        ("projection_count", c_int32),
-        ("projections", POINTER(Projection)),
+        ("parameter_count", c_int32),
+        ("parameters", POINTER(Parameter)),
         ("max_rank", c_int32),
     ]
 
@@ -142,27 +233,29 @@ class ArenaStats(ctypes.Structure):
 
 
 class RepackArgs(ctypes.Structure):
-    """Device addresses of one record's tensors in file order, and of its payload in the arena."""
+    """Device addresses of one record's tensors in file order (None for those it lacks), and of its payload."""
 
     _fields_: ClassVar = [
-        ("factors", Factors),
-        ("projection", Projection),
+        ("record", Record),
+        ("parameter", Parameter),
         ("v_codes", c_void_p),
         ("v_grid", c_void_p),
         ("u_codes", c_void_p),
         ("u_grid", c_void_p),
         ("sigma", c_void_p),
         ("levels", c_void_p),
+        ("indices", c_void_p),
+        ("values", c_void_p),
         ("payload", c_void_p),
         ("payload_bytes", c_uint64),
     ]
 
 
 class Slice(ctypes.Structure):
-    """One of the fused projections of a call."""
+    """One of the fused linears of a call."""
 
     _fields_: ClassVar = [
-        ("projection", c_int32),
+        ("parameter", c_int32),
         ("out_features", c_int32),
         ("out_offset", c_int32),
         ("y", c_void_p),
@@ -171,12 +264,12 @@ class Slice(ctypes.Structure):
 
 
 class Gemm(ctypes.Structure):
-    """One call of `Library.delta_gemm`."""
+    """One call of `Library.delta_gemm` or `dense_gemm`."""
 
     _fields_: ClassVar = [
         ("arena", c_void_p),
         ("directory", c_void_p),
-        ("projection_count", c_int32),
+        ("parameter_count", c_int32),
         ("slot_count", c_int32),
         ("max_rank", c_int32),
         ("dtype", c_int32),
@@ -194,11 +287,79 @@ class Gemm(ctypes.Structure):
     ]
 
 
+class Batch(ctypes.Structure):
+    """The arena and the tokens of an element-wise call; `dtype` is a value of `DTYPES`."""
+
+    _fields_: ClassVar = [
+        ("arena", c_void_p),
+        ("directory", c_void_p),
+        ("slots", c_void_p),
+        ("parameter_count", c_int32),
+        ("slot_count", c_int32),
+        ("token_count", c_int32),
+        ("dtype", c_int32),
+    ]
+
+
+class Norm(ctypes.Structure):
+    """One call of `Library.rms_norm`."""
+
+    _fields_: ClassVar = [
+        ("batch", Batch),
+        ("parameter", c_int32),
+        ("rows_per_token", c_int32),
+        ("features", c_int32),
+        ("epsilon", c_float),
+        ("x", c_void_p),
+        ("x_token_stride", c_int64),
+        ("x_row_stride", c_int64),
+        ("y", c_void_p),
+        ("y_token_stride", c_int64),
+        ("y_row_stride", c_int64),
+        ("weight", c_void_p),
+    ]
+
+
+class BiasSlice(ctypes.Structure):
+    """One of the outputs of `Library.add_bias`; `bias` may be None."""
+
+    _fields_: ClassVar = [
+        ("parameter", c_int32),
+        ("features", c_int32),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+        ("bias", c_void_p),
+    ]
+
+
+class Bias(ctypes.Structure):
+    """One call of `Library.add_bias`."""
+
+    _fields_: ClassVar = [("batch", Batch), ("slice_count", c_int32), ("slices", BiasSlice * MAX_SLICES)]
+
+
+class Embedding(ctypes.Structure):
+    """One call of `Library.embed`."""
+
+    _fields_: ClassVar = [
+        ("batch", Batch),
+        ("parameter", c_int32),
+        ("base_rows", c_int32),
+        ("features", c_int32),
+        ("in_offset", c_int32),
+        ("ids", c_void_p),
+        ("table", c_void_p),
+        ("table_stride", c_int64),
+        ("y", c_void_p),
+        ("y_stride", c_int64),
+    ]
+
+
 SIGNATURES: dict[str, list[Any]] = {
     "dw_arena_create": [POINTER(ArenaConfig), POINTER(c_void_p)],
     "dw_arena_get_stats": [c_void_p, POINTER(ArenaStats)],
-    "dw_arena_tenant_bytes": [c_void_p, POINTER(Factors), c_int32, POINTER(c_uint64)],
-    "dw_arena_reserve": [c_void_p, POINTER(Factors), c_int32, POINTER(c_int32)],
+    "dw_arena_tenant_bytes": [c_void_p, POINTER(Record), c_int32, POINTER(c_uint64)],
+    "dw_arena_reserve": [c_void_p, POINTER(Record), c_int32, POINTER(c_int32)],
     "dw_arena_payload": [c_void_p, c_int32, c_int32, POINTER(c_uint64), POINTER(c_uint64)],
     "dw_arena_commit": [c_void_p, c_int32],
     "dw_arena_evict": [c_void_p, c_int32],
@@ -217,6 +378,10 @@ SIGNATURES: dict[str, list[Any]] = {
     "dw_plan_tokens": [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_size_t, c_void_p],
     "dw_gemm_workspace_bytes": [POINTER(Gemm), POINTER(c_size_t)],
     "dw_delta_gemm": [POINTER(Gemm), c_void_p],
+    "dw_dense_gemm": [POINTER(Gemm), c_void_p],
+    "dw_rms_norm": [POINTER(Norm), c_void_p],
+    "dw_add_bias": [POINTER(Bias), c_void_p],
+    "dw_embed": [POINTER(Embedding), c_void_p],
 }
 
 
@@ -295,14 +460,30 @@ class Library:
         self.call("dw_plan_tokens", slots, tokens, slot_count, chunk, plan, plan_bytes, stream)
 
     def workspace_bytes(self, gemm: Gemm) -> int:
-        """Bytes that `delta_gemm` needs for these sizes."""
+        """Bytes that `delta_gemm` and `dense_gemm` need for these sizes."""
         size = c_size_t()
         self.call("dw_gemm_workspace_bytes", byref(gemm), byref(size))
         return size.value
 
     def delta_gemm(self, gemm: Gemm, stream: int = 0) -> None:
-        """Adds every token's delta term to y."""
+        """Adds the factored delta terms to y, for tokens whose tenant has one."""
         self.call("dw_delta_gemm", byref(gemm), stream)
+
+    def dense_gemm(self, gemm: Gemm, stream: int = 0) -> None:
+        """Adds dense rows' products to y, or puts replaced rows' there, for tokens whose tenant has such a record."""
+        self.call("dw_dense_gemm", byref(gemm), stream)
+
+    def rms_norm(self, norm: Norm, stream: int = 0) -> None:
+        """RMSNorm with every token's own weight."""
+        self.call("dw_rms_norm", byref(norm), stream)
+
+    def add_bias(self, bias: Bias, stream: int = 0) -> None:
+        """Adds every token's own bias to up to four outputs."""
+        self.call("dw_add_bias", byref(bias), stream)
+
+    def embed(self, embedding: Embedding, stream: int = 0) -> None:
+        """Looks every token's id up in its tenant's table."""
+        self.call("dw_embed", byref(embedding), stream)
 
 
 @dataclass(frozen=True)
@@ -325,7 +506,7 @@ class Arena:
         device_address: int,
         size: int,
         slots: int,
-        projections: Sequence[Projection],
+        parameters: Sequence[Parameter],
         max_rank: int,
     ) -> None:
         """Begins with every slot free.
@@ -335,17 +516,17 @@ class Arena:
             device_address: of the buffer, a multiple of 256.
             size: its bytes.
             slots: tenants that may be resident at a time, bytes allowing.
-            projections: the model's linear layers, in the directory's order.
-            max_rank: largest rank of any record.
+            parameters: those of the model that tenants may change, in the directory's order.
+            max_rank: largest rank of any factored record.
 
         Raises:
             LibraryError: a value outside its contract.
         """
         self.library = library
         self.slots = slots
-        self.projections = list(projections)
-        table = (Projection * len(self.projections))(*self.projections)
-        config = ArenaConfig(device_address, size, slots, len(self.projections), table, max_rank)
+        self.parameters = list(parameters)
+        table = (Parameter * len(self.parameters))(*self.parameters)
+        config = ArenaConfig(device_address, size, slots, len(self.parameters), table, max_rank)
         self._handle = c_void_p()
         library.call("dw_arena_create", byref(config), byref(self._handle))
 
@@ -367,13 +548,13 @@ class Arena:
         self._call("dw_arena_get_stats", byref(stats))
         return stats
 
-    def tenant_bytes(self, records: Sequence[Factors]) -> int:
+    def tenant_bytes(self, records: Sequence[Record]) -> int:
         """Bytes that these records would take."""
         size = c_uint64()
         self._call("dw_arena_tenant_bytes", _array(records), len(records), byref(size))
         return size.value
 
-    def reserve(self, records: Sequence[Factors]) -> int:
+    def reserve(self, records: Sequence[Record]) -> int:
         """Takes a slot and bytes for a tenant, which is then LOADING.
 
         Raises:
@@ -383,10 +564,10 @@ class Arena:
         self._call("dw_arena_reserve", _array(records), len(records), byref(slot))
         return slot.value
 
-    def payload(self, slot: int, projection: int) -> Payload:
+    def payload(self, slot: int, parameter: int) -> Payload:
         """Where a reserved record lies."""
         offset, size = c_uint64(), c_uint64()
-        self._call("dw_arena_payload", slot, projection, byref(offset), byref(size))
+        self._call("dw_arena_payload", slot, parameter, byref(offset), byref(size))
         return Payload(offset.value, size.value)
 
     def commit(self, slot: int) -> None:
@@ -418,8 +599,8 @@ class Arena:
         self._call("dw_arena_unpin", slot)
 
     def directory_rows(self, slot: int) -> list[list[int]]:
-        """A slot's directory rows, [projections][DIRECTORY_FIELDS]; zeros unless it is RESIDENT."""
-        rows = (c_int64 * (len(self.projections) * DIRECTORY_FIELDS))()
+        """A slot's directory rows, [parameters][DIRECTORY_FIELDS]; zeros unless it is RESIDENT."""
+        rows = (c_int64 * (len(self.parameters) * DIRECTORY_FIELDS))()
         self._call("dw_arena_directory_rows", slot, rows)
         return [list(rows[at : at + DIRECTORY_FIELDS]) for at in range(0, len(rows), DIRECTORY_FIELDS)]
 
@@ -452,5 +633,5 @@ class Arena:
         self.library.call(name, self._handle, *arguments)
 
 
-def _array(records: Sequence[Factors]) -> ctypes.Array[Factors]:
-    return (Factors * len(records))(*records)
+def _array(records: Sequence[Record]) -> ctypes.Array[Record]:
+    return (Record * len(records))(*records)

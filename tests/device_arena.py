@@ -11,10 +11,10 @@ from deltaweave.runtime_plugin.library import (
     DIRECTORY_FIELDS,
     DTYPES,
     Arena,
-    Factors,
     Gemm,
     Library,
-    Projection,
+    Parameter,
+    Record,
     RepackArgs,
     Slice,
 )
@@ -32,25 +32,25 @@ class DeviceArena:
     """The buffer, the directory and the bookkeeping."""
 
     def __init__(
-        self, library: Library, projections: Sequence[Projection], *, slots: int, size: int, max_rank: int
+        self, library: Library, parameters: Sequence[Parameter], *, slots: int, size: int, max_rank: int
     ) -> None:
         self.library = library
         self.max_rank = max_rank
         self.buffer = torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda")
-        self.directory = torch.zeros((len(projections), slots, DIRECTORY_FIELDS), dtype=torch.int64, device="cuda")
+        self.directory = torch.zeros((len(parameters), slots, DIRECTORY_FIELDS), dtype=torch.int64, device="cuda")
         self.arena = Arena(
             library,
             device_address=self.buffer.data_ptr(),
             size=size,
             slots=slots,
-            projections=projections,
+            parameters=parameters,
             max_rank=max_rank,
         )
 
     def add(self, records: Mapping[int, RandomRecord]) -> int:
         """Uploads, repacks and commits a tenant; returns its slot."""
         shapes = {
-            index: Factors.of(
+            index: Record.factored(
                 index,
                 [(band.bits, band.rank, band.grid if band.bits < 16 else "none") for band in record.bands],
                 record.group_sizes,
@@ -66,13 +66,15 @@ class DeviceArena:
         self.publish(slot)
         return slot
 
-    def repack(self, slot: int, index: int, shape: Factors, parts: Sequence[torch.Tensor]) -> None:
+    def repack(self, slot: int, index: int, shape: Record, parts: Sequence[torch.Tensor]) -> None:
         """File-order tensors (v codes, v grid, u codes, u grid, sigma, levels) into a reserved slot."""
         place = self.arena.payload(slot, index)
         arguments = RepackArgs(
             shape,
-            self.arena.projections[index],
+            self.arena.parameters[index],
             *(part.data_ptr() for part in parts),
+            None,
+            None,
             self.buffer.data_ptr() + place.offset,
             place.bytes,
         )
@@ -114,13 +116,13 @@ class Step:
         )
 
     def product(self, x: torch.Tensor, outputs: Sequence[tuple[int, torch.Tensor]]) -> tuple[Gemm, torch.Tensor]:
-        """The arguments of y += delta(x) for (projection, y) pairs, and their workspace, to be kept alive."""
+        """The arguments of y += delta(x) for (parameter, y) pairs, and their workspace, to be kept alive."""
         arena = self.arena
-        shape = arena.arena.projections[outputs[0][0]]
+        shape = arena.arena.parameters[outputs[0][0]]
         gemm = Gemm(
             arena=arena.buffer.data_ptr(),
             directory=arena.directory.data_ptr(),
-            projection_count=arena.directory.shape[0],
+            parameter_count=arena.directory.shape[0],
             slot_count=arena.directory.shape[1],
             max_rank=arena.max_rank,
             dtype=DTYPES[str(x.dtype).removeprefix("torch.")],
@@ -134,7 +136,7 @@ class Step:
             slice_count=len(outputs),
         )
         for place, (index, y) in enumerate(outputs):
-            out_offset = arena.arena.projections[index].out_offset
+            out_offset = arena.arena.parameters[index].out_offset
             gemm.slices[place] = Slice(index, y.shape[1], out_offset, y.data_ptr(), y.stride(0))
         workspace = torch.full((arena.library.workspace_bytes(gemm),), 0xFF, dtype=torch.uint8, device="cuda")
         gemm.workspace = workspace.data_ptr()

@@ -28,7 +28,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
 
-from deltaweave.runtime_plugin.library import Factors, Library, Projection  # noqa: E402
+from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record  # noqa: E402
 from device_arena import DeviceArena, Step, to_device  # noqa: E402
 from factored_records import RandomBand, RandomRecord  # noqa: E402
 
@@ -87,21 +87,21 @@ class Tenants:
     def __init__(self, library: Library, count: int, layers: int, records: dict[Any, RandomRecord]) -> None:
         self.layers = layers
         self.index: dict[tuple[int, str, int], int] = {}
-        projections, owners = [], []
+        parameters, owners = [], []
         for layer in range(layers):
             for name, (features, slices) in GROUPS.items():
                 for place, (out, _) in enumerate(slices):
-                    self.index[layer, name, place] = len(projections)
-                    projections.append(Projection(features, out, 0, 0))
+                    self.index[layer, name, place] = len(parameters)
+                    parameters.append(Parameter(ParameterKind.LINEAR, features, out, 0, 0))
                     owners.append(records[out, features])
         shapes = [
-            Factors.of(i, [(band.bits, band.rank, band.grid) for band in record.bands])
+            Record.factored(i, [(band.bits, band.rank, band.grid) for band in record.bands])
             for i, record in enumerate(owners)
         ]
-        probe = DeviceArena(library, projections, slots=1, size=256, max_rank=MAX_RANK)
+        probe = DeviceArena(library, parameters, slots=1, size=256, max_rank=MAX_RANK)
         self.tenant_bytes = probe.arena.tenant_bytes(shapes)
         self.arena = DeviceArena(
-            library, projections, slots=count, size=count * (self.tenant_bytes + 256), max_rank=MAX_RANK
+            library, parameters, slots=count, size=count * (self.tenant_bytes + 256), max_rank=MAX_RANK
         )
         parts = {
             id(record): [to_device(data) for data in (*file_tensors(record), record.sigma.tobytes(), b"")]

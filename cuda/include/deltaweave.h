@@ -1,10 +1,15 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* libdeltaweave: multi-tenant delta products on NVIDIA GPUs.
+/* libdeltaweave: whole fine-tunes of one base model, many at a time, on NVIDIA GPUs.
  *
- * A tenant's projection is y += U^ (sigma * (V^ x)) with V^ [rank, in_features] and U^ [rank,
- * out_features] in bands of 1, 2, 3, 4, 8 or 16 bits (formats/SPEC.md, record kind `factored`). A
- * runtime holds many tenants in one device buffer, the arena, and finds them through the directory,
- * a device tensor int64 [projection, slot, DW_DIRECTORY_FIELDS].
+ * A tenant is a set of records, at most one a parameter of the base (formats/SPEC.md):
+ *
+ *   linear     y += U^ (sigma * (V^ x)) with V^ [rank, in_features] and U^ [rank, out_features] in
+ *              bands of 1, 2, 3, 4, 8 or 16 bits; lm_head also dense low-bit rows, or given rows
+ *   embedding  dense low-bit rows added to the base's, or rows that replace them
+ *   vector     values that replace a norm weight or a bias
+ *
+ * A runtime holds many tenants in one device buffer, the arena, and finds them through the
+ * directory, a device tensor int64 [parameter, slot, DW_DIRECTORY_FIELDS].
  *
  * Conventions: sizes count elements unless a name says bytes; strides are explicit, in elements;
  * every function returns a dw_status and leaves a one-line message for dw_last_error(); nothing
@@ -27,7 +32,7 @@ extern "C" {
 #define DW_API
 #endif
 
-#define DW_ABI_VERSION 1
+#define DW_ABI_VERSION 2
 
 #define DW_MAX_BANDS 8
 #define DW_MAX_SLICES 4
@@ -59,13 +64,21 @@ DW_API int32_t dw_has_cuda(void);
  * --------------------------------------------------------------------------------------------------
  */
 
-/* One linear layer of the base model, or a tensor-parallel shard of it. The offsets say how far the
- * shard's first feature lies behind a multiple of 128 of the whole layer; 0 without tensor
- * parallelism. */
-typedef struct dw_projection {
+typedef enum dw_parameter_kind {
+  DW_LINEAR = 0,    /* weight [out_features, in_features] */
+  DW_EMBEDDING = 1, /* table [out_features rows, in_features] */
+  DW_VECTOR = 2,    /* norm weight or bias [in_features]; out_features is 1 */
+} dw_parameter_kind;
+
+/* A parameter of the base model that tenants may change, or a tensor-parallel shard of it. The
+ * offsets say how far the shard's first feature lies behind a multiple of 128 of the whole; 0
+ * without tensor parallelism. A tuned vocabulary may differ from the base's: out_features of an
+ * embedding or lm_head is the largest that a tenant may bring. */
+typedef struct dw_parameter {
+  int32_t kind; /* dw_parameter_kind */
   int32_t in_features, out_features;
   int32_t in_offset, out_offset;
-} dw_projection;
+} dw_parameter;
 
 typedef struct dw_band {
   int32_t bits; /* 1, 2, 3, 4, 8; 16 means fp16 values */
@@ -73,33 +86,58 @@ typedef struct dw_band {
   int32_t grid; /* dw_grid; DW_GRID_NONE with 16 bits and only then */
 } dw_band;
 
-/* One tenant's factored record of one projection. Group sizes are multiples of 128, or 0 for one
- * grid entry a band; group offsets are the format's `group_offset`. */
-typedef struct dw_factors {
-  int32_t projection;
-  int32_t band_count;
+typedef enum dw_record_kind {
+  DW_FACTORED = 0, /* of a linear: v, u and sigma */
+  DW_DENSE = 1,    /* of a linear or embedding: one band of low-bit rows, added to the base's */
+  DW_ROWS = 2,     /* of a linear or embedding: fp16 rows that replace the base's */
+  DW_VALUES = 3,   /* of a vector: float32 values that replace the base's */
+} dw_record_kind;
+
+/* One tenant's record of one parameter. Group sizes are multiples of 128, or 0 for one grid entry a
+ * band; group offsets are the format's `group_offset`. What a kind does not name is 0. */
+typedef struct dw_record {
+  int32_t parameter; /* index in the arena's table */
+  int32_t kind;      /* dw_record_kind */
+  int32_t rows;      /* DENSE: of the tuned matrix; ROWS: how many are given */
+  int32_t shares;    /* parameter whose record of the same tenant this one is too (tied embeddings),
+                        or -1. All but `parameter` is then ignored, and no bytes are taken */
+  int32_t band_count; /* FACTORED: 1 to DW_MAX_BANDS; DENSE: one of 1 to 8 bits, its rank = rows;
+                         ROWS: one of 16 bits, its rank = rows; VALUES: 0 */
   dw_band bands[DW_MAX_BANDS];
   int32_t v_group_size, v_group_offset;
-  int32_t u_group_size, u_group_offset;
-} dw_factors;
+  int32_t u_group_size, u_group_offset; /* FACTORED */
+} dw_record;
 
 /* ---- The directory
  * ------------------------------------------------------------------------------------------- */
 
-/* Fields of directory[projection][slot]. Offsets are bytes from the arena's device address,
- * multiples of 256. A row of zeros is a slot without a delta for that projection. */
+/* Fields of directory[parameter][slot]. Offsets are bytes from the arena's device address,
+ * multiples of 256. A row of zeros is a slot that leaves the parameter at the base's. Parameters
+ * that share a record have the same row. */
 #define DW_FIELD_BAND_COUNT 0
-#define DW_FIELD_ROW_BLOCKS 1  /* blocks of 16 ranks (8 in a 16-bit band) over all bands */
-#define DW_FIELD_PADDED_RANK 2 /* ranks with every band padded to 16 */
-#define DW_FIELD_HEADER 3      /* offset of float[64]: [0] is the largest |scale| of u */
-#define DW_FIELD_SIGMA 4       /* offset of float[padded rank] */
-#define DW_FIELD_BANDS 8       /* DW_MAX_BANDS groups of DW_BAND_FIELDS */
+#define DW_FIELD_ROW_BLOCKS 1  /* FACTORED: blocks of 16 ranks (8 in a 16-bit band), all bands */
+#define DW_FIELD_PADDED_RANK 2 /* FACTORED: ranks with every band padded to 16 */
+#define DW_FIELD_HEADER 3      /* offset of the payload; FACTORED: float[64], see layout.h */
+#define DW_FIELD_SIGMA 4       /* FACTORED: offset of float[padded rank] */
+#define DW_FIELD_KIND 5        /* dw_record_kind + 1 */
+#define DW_FIELD_INDICES 6     /* ROWS: offset of int32[rows], strictly rising */
+#define DW_FIELD_VALUES 7      /* VALUES: offset of float[in_features] */
+#define DW_FIELD_ROWS 8        /* DENSE and ROWS */
+#define DW_FIELD_V_GROUP_SIZE 9
+#define DW_FIELD_V_GROUP_OFFSET 10
+#define DW_FIELD_U_GROUP_SIZE 11
+#define DW_FIELD_U_GROUP_OFFSET 12
+#define DW_FIELD_BANDS 16 /* DW_MAX_BANDS groups of DW_BAND_FIELDS */
 #define DW_BAND_FIELDS 4
 #define DW_BAND_SHAPE 0  /* bits | grid << 8 | rank << 16 */
-#define DW_BAND_V 1      /* offset of v's blocks */
-#define DW_BAND_U 2      /* offset of u's blocks */
+#define DW_BAND_V 1      /* offset of v's blocks; DENSE and ROWS: of the rows, in v's order */
+#define DW_BAND_U 2      /* FACTORED: offset of u's blocks */
 #define DW_BAND_LEVELS 3 /* offset of half[2^bits] for a codebook, else 0 */
 #define DW_DIRECTORY_FIELDS (DW_FIELD_BANDS + DW_MAX_BANDS * DW_BAND_FIELDS)
+
+/* On a machine without CUDA the arena manages a host buffer and the directory means the same; the
+ * bands then keep the file's order: at a band's V (U) its codes, rows as in the file, and at the
+ * next multiple of 16 behind them its grid. That fits in what kernel order takes. */
 
 /* ---- The arena: allocator, directory, slot life, least recently used
  * ------------------------------------------ */
@@ -111,9 +149,9 @@ typedef struct dw_arena_config {
                               check */
   uint64_t bytes;
   int32_t slot_count;
-  int32_t projection_count;
-  const dw_projection* projections; /* copied */
-  int32_t max_rank;                 /* of a projection, at most DW_MAX_RANK */
+  int32_t parameter_count;
+  const dw_parameter* parameters; /* copied */
+  int32_t max_rank;               /* of a factored record, at most DW_MAX_RANK */
 } dw_arena_config;
 
 typedef enum dw_slot_state {
@@ -135,14 +173,15 @@ DW_API void dw_arena_destroy(dw_arena* arena);
 DW_API dw_status dw_arena_get_stats(const dw_arena* arena, dw_arena_stats* stats);
 
 /* Bytes that a tenant takes, without taking them. */
-DW_API dw_status dw_arena_tenant_bytes(const dw_arena* arena, const dw_factors* factors,
+DW_API dw_status dw_arena_tenant_bytes(const dw_arena* arena, const dw_record* records,
                                        int32_t count, uint64_t* bytes);
 /* Takes a free slot and bytes for all of a tenant's records; DW_ERROR_FULL says what is missing.
- * Slot: LOADING. */
-DW_API dw_status dw_arena_reserve(dw_arena* arena, const dw_factors* factors, int32_t count,
+ * A tenant may have no records. Slot: LOADING. */
+DW_API dw_status dw_arena_reserve(dw_arena* arena, const dw_record* records, int32_t count,
                                   int32_t* slot);
-/* Byte offset and length of a reserved record's payload, where dw_repack writes it. */
-DW_API dw_status dw_arena_payload(const dw_arena* arena, int32_t slot, int32_t projection,
+/* Byte offset and length of a reserved record's payload, where dw_repack writes it; a shared record
+ * lies where its owner does. */
+DW_API dw_status dw_arena_payload(const dw_arena* arena, int32_t slot, int32_t parameter,
                                   uint64_t* offset, uint64_t* bytes);
 /* LOADING to RESIDENT: steps may use the slot once its directory rows have been copied behind the
  * upload's event. */
@@ -155,7 +194,7 @@ DW_API dw_status dw_arena_slot_state(const dw_arena* arena, int32_t slot, int32_
 DW_API dw_status dw_arena_least_recent(const dw_arena* arena, int32_t* slot);
 DW_API dw_status dw_arena_pin(dw_arena* arena, int32_t slot);
 DW_API dw_status dw_arena_unpin(dw_arena* arena, int32_t slot);
-/* The host's copy of a slot's directory rows, int64 [projection_count, DW_DIRECTORY_FIELDS]. */
+/* The host's copy of a slot's directory rows, int64 [parameter_count, DW_DIRECTORY_FIELDS]. */
 DW_API dw_status dw_arena_directory_rows(const dw_arena* arena, int32_t slot, int64_t* rows);
 
 /* A step that uses `slots` (-1 entries are skipped) begins; `step` numbers rise from 1. */
@@ -177,14 +216,18 @@ DW_API dw_status dw_arena_grow(dw_arena* arena, uint64_t device_address, uint64_
 
 /* File order to kernel order, on the GPU. All pointers are device memory in the format's layout:
  * codes with bands at multiples of 16 bytes, grids fp16, sigma float [rank]; `levels` float, the
- * codebook bands' levels one after another, or NULL. `payload` is the arena's device address plus
+ * codebook bands' levels one after another. DENSE: `v_codes`, `v_grid`, `levels` are the record's
+ * codes, grid and levels. ROWS: `indices`, and `values` fp16 [rows, in_features]. VALUES: `values`
+ * float [in_features]. What a record lacks is NULL. `payload` is the arena's device address plus
  * dw_arena_payload's offset. */
 typedef struct dw_repack_args {
-  dw_factors factors;
-  dw_projection projection;
+  dw_record record; /* `shares` -1 */
+  dw_parameter parameter;
   const void *v_codes, *v_grid, *u_codes, *u_grid;
   const float* sigma;
   const float* levels;
+  const int32_t* indices;
+  const void* values;
   void* payload;
   uint64_t payload_bytes;
 } dw_repack_args;
@@ -201,18 +244,18 @@ DW_API dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32
                                 int32_t chunk_tokens, void* plan, size_t plan_bytes, void* stream);
 
 typedef struct dw_slice {
-  int32_t projection; /* row of the directory */
+  int32_t parameter; /* row of the directory */
   int32_t out_features, out_offset;
   void* y; /* [token_count, out_features], read and written */
   int64_t y_stride;
 } dw_slice;
 
-/* y_s[t] += U^_s (sigma_s * (V^_s x[t])) for every slice s and every token t whose slot is not -1.
- */
+/* y_s[t] += U^_s (sigma_s * (V^_s x[t])) for every slice s and every token t whose slot has a
+ * factored record. */
 typedef struct dw_gemm {
   const void* arena;        /* device, 256-byte aligned */
-  const int64_t* directory; /* device [projection_count, slot_count, DW_DIRECTORY_FIELDS] */
-  int32_t projection_count, slot_count;
+  const int64_t* directory; /* device [parameter_count, slot_count, DW_DIRECTORY_FIELDS] */
+  int32_t parameter_count, slot_count;
   int32_t max_rank; /* the arena's */
   int32_t dtype;    /* dw_dtype of x and y */
   int32_t token_count, in_features, in_offset;
@@ -228,6 +271,67 @@ typedef struct dw_gemm {
 /* Reads sizes alone: pointers may be NULL. */
 DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
+
+/* lm_head of tenants whose record is not factored, for one slice and the same plan and workspace:
+ * DENSE: y[t, r] += row r . x[t]; ROWS: y[t, indices[r]] = row r . x[t], whatever y held. A host
+ * calls dw_delta_gemm and this one on the same y; each leaves the other's tenants alone. */
+DW_API dw_status dw_dense_gemm(const dw_gemm* args, void* stream);
+
+/* What the element-wise kernels below share. They need no plan; a slot outside [-1, slot_count)
+ * counts as -1. */
+typedef struct dw_batch {
+  const void* arena;        /* device, 256-byte aligned */
+  const int64_t* directory; /* device [parameter_count, slot_count, DW_DIRECTORY_FIELDS] */
+  const int32_t* slots;     /* device [token_count] */
+  int32_t parameter_count, slot_count;
+  int32_t token_count;
+  int32_t dtype; /* dw_dtype of all activations and of the base's parameters */
+} dw_batch;
+
+/* y[t, i] = cast(x[t, i] * rsqrt(mean(x[t, i]^2) + epsilon)) * weight, rounded as Hugging Face's
+ * LlamaRMSNorm does; weight is the VALUES of the token's slot, rounded to dtype, or the base's.
+ * rows_per_token is 1 for a hidden state, the number of heads for q and k norms. y may be x. */
+typedef struct dw_norm {
+  dw_batch batch;
+  int32_t parameter;
+  int32_t rows_per_token, features;
+  float epsilon;
+  const void* x; /* [token_count, rows_per_token, features] */
+  int64_t x_token_stride, x_row_stride;
+  void* y; /* as x */
+  int64_t y_token_stride, y_row_stride;
+  const void* weight; /* the base's, [features] */
+} dw_norm;
+DW_API dw_status dw_rms_norm(const dw_norm* args, void* stream);
+
+typedef struct dw_bias_slice {
+  int32_t parameter, features;
+  void* y; /* [token_count, features], read and written */
+  int64_t y_stride;
+  const void* bias; /* the base's, [features]; NULL for zeros */
+} dw_bias_slice;
+
+/* y_s[t] += the VALUES of the token's slot, or the base's bias, for every slice s. */
+typedef struct dw_bias {
+  dw_batch batch;
+  int32_t slice_count;
+  dw_bias_slice slices[DW_MAX_SLICES];
+} dw_bias;
+DW_API dw_status dw_add_bias(const dw_bias* args, void* stream);
+
+/* y[t] = row ids[t] of the tenant's table: the base's row, plus the DENSE record's, or the ROWS
+ * record's instead. Rows that neither has (ids beyond base_rows, negative ids) are zeros. */
+typedef struct dw_embedding {
+  dw_batch batch;
+  int32_t parameter;
+  int32_t base_rows, features, in_offset;
+  const int64_t* ids; /* device [token_count] */
+  const void* table;  /* the base's, [base_rows, features] */
+  int64_t table_stride;
+  void* y; /* [token_count, features] */
+  int64_t y_stride;
+} dw_embedding;
+DW_API dw_status dw_embed(const dw_embedding* args, void* stream);
 
 #ifdef __cplusplus
 }

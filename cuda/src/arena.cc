@@ -20,9 +20,12 @@
 namespace dw {
 namespace {
 
+// A record in the arena. One that is shared has its owner's shape and place under its own parameter.
 struct Record {
-  dw_factors factors;
+  int parameter;
+  dw_record shape;
   uint64_t offset, bytes;
+  bool owned;
 };
 
 struct Slot {
@@ -39,13 +42,13 @@ struct Slot {
 struct dw_arena {
   explicit dw_arena(const dw_arena_config& config)
       : allocator(config.bytes),
-        projections(config.projections, config.projections + config.projection_count),
+        parameters(config.parameters, config.parameters + config.parameter_count),
         slots(config.slot_count),
         max_rank(config.max_rank) {}
 
   mutable std::mutex mutex;
   dw::Allocator allocator;
-  std::vector<dw_projection> projections;
+  std::vector<dw_parameter> parameters;
   std::vector<dw::Slot> slots;
   int max_rank;
   int live_graphs = 0;
@@ -65,55 +68,106 @@ dw_status check_slot(const dw_arena& arena, int slot) {
   return DW_OK;
 }
 
-dw_status check_records(const dw_arena& arena, const dw_factors* factors, int count) {
-  if (factors == nullptr || count < 1) {
-    return fail(DW_ERROR_ARGUMENT, "a tenant of ", count, " records, expected at least 1");
+// For every parameter the tenant's record of it, or null.
+using Index = std::vector<const dw_record*>;
+
+dw_status index_records(const dw_arena& arena, const dw_record* records, int count, Index& index) {
+  if (count < 0 || (records == nullptr && count > 0)) {
+    return fail(DW_ERROR_ARGUMENT, "a tenant of ", count, " records");
   }
-  std::vector<bool> seen(arena.projections.size());
+  index.assign(arena.parameters.size(), nullptr);
   for (int i = 0; i < count; ++i) {
-    const int index = factors[i].projection;
-    if (index < 0 || index >= static_cast<int>(seen.size())) {
-      return fail(DW_ERROR_ARGUMENT, "record ", i, ": projection ", index, ", expected 0 to ",
-                  seen.size() - 1);
+    const int parameter = records[i].parameter;
+    if (parameter < 0 || parameter >= static_cast<int>(index.size())) {
+      return fail(DW_ERROR_ARGUMENT, "record ", i, ": parameter ", parameter, ", expected 0 to ",
+                  index.size() - 1);
     }
-    if (seen[index]) return fail(DW_ERROR_ARGUMENT, "projection ", index, " comes twice");
-    seen[index] = true;
-    DW_RETURN_IF_ERROR(check_factors(factors[i], arena.max_rank));
-    const dw_projection& projection = arena.projections[index];
-    if (factors[i].v_group_offset % kGroup != projection.in_offset ||
-        factors[i].u_group_offset % kGroup != projection.out_offset) {
-      return fail(DW_ERROR_ARGUMENT, "projection ", index, ": group offsets ",
-                  factors[i].v_group_offset, " and ", factors[i].u_group_offset,
-                  " do not belong to a shard with offsets ", projection.in_offset, " and ",
-                  projection.out_offset);
-    }
+    if (index[parameter]) return fail(DW_ERROR_ARGUMENT, "parameter ", parameter, " comes twice");
+    index[parameter] = &records[i];
   }
   return DW_OK;
 }
 
-uint64_t payload_bytes(const dw_arena& arena, const dw_factors& factors) {
-  return place(factors, arena.projections[factors.projection]).bytes;
+// The record that holds the bytes of `record`: itself, or the one it shares.
+dw_status find_owner(const dw_arena& arena, const Index& index, const dw_record& record,
+                     const dw_record*& owner) {
+  owner = &record;
+  const int shares = record.shares;
+  if (shares == -1) return DW_OK;
+  const bool known = shares >= 0 && shares < static_cast<int>(index.size());
+  owner = known ? index[shares] : nullptr;
+  if (owner == nullptr || owner->shares != -1) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", record.parameter, " shares the record of ", shares,
+                ", which has none of its own in this tenant");
+  }
+  const dw_parameter& mine = arena.parameters[record.parameter];
+  const dw_parameter& theirs = arena.parameters[shares];
+  if (mine.in_features == theirs.in_features && mine.in_offset == theirs.in_offset &&
+      mine.out_features == theirs.out_features && mine.out_offset == theirs.out_offset) {
+    return DW_OK;
+  }
+  return fail(DW_ERROR_ARGUMENT, "parameter ", record.parameter, " [", mine.out_features, ", ",
+              mine.in_features, "] shares the record of ", shares, " [", theirs.out_features, ", ",
+              theirs.in_features, "], expected equal shapes");
+}
+
+dw_status check_records(const dw_arena& arena, const dw_record* records, int count) {
+  Index index;
+  DW_RETURN_IF_ERROR(index_records(arena, records, count, index));
+  for (int i = 0; i < count; ++i) {
+    const int parameter = records[i].parameter;
+    const dw_record* owner;
+    DW_RETURN_IF_ERROR(find_owner(arena, index, records[i], owner));
+    DW_RETURN_IF_ERROR(
+        check_record(*owner, arena.parameters[parameter], parameter, arena.max_rank));
+  }
+  return DW_OK;
+}
+
+uint64_t payload_bytes(const dw_arena& arena, const dw_record& record) {
+  return record.shares == -1 ? place(record, arena.parameters[record.parameter]).bytes : 0;
+}
+
+uint64_t tenant_bytes(const dw_arena& arena, const dw_record* records, int count) {
+  uint64_t bytes = 0;
+  for (int i = 0; i < count; ++i) bytes += payload_bytes(arena, records[i]);
+  return bytes;
 }
 
 void free_slot(dw_arena& arena, Slot& slot) {
-  for (const Record& record : slot.records) arena.allocator.release(record.offset, record.bytes);
+  for (const Record& record : slot.records) {
+    if (record.owned) arena.allocator.release(record.offset, record.bytes);
+  }
   slot = Slot();
 }
 
+const Record* find_record(const Slot& slot, int parameter) {
+  for (const Record& record : slot.records) {
+    if (record.parameter == parameter) return &record;
+  }
+  return nullptr;
+}
+
 // Takes bytes for every record or for none.
-dw_status take_records(dw_arena& arena, const dw_factors* factors, int count, Slot& slot) {
-  uint64_t wanted = 0;
-  for (int i = 0; i < count; ++i) wanted += payload_bytes(arena, factors[i]);
+dw_status take_records(dw_arena& arena, const dw_record* records, int count, Slot& slot) {
   for (int i = 0; i < count; ++i) {
-    const uint64_t bytes = payload_bytes(arena, factors[i]);
+    if (records[i].shares != -1) continue;
+    const uint64_t bytes = payload_bytes(arena, records[i]);
     const auto offset = arena.allocator.take(bytes);
     if (!offset) {
       free_slot(arena, slot);
-      return fail(DW_ERROR_FULL, "arena full: a tenant of ", wanted, " bytes, ",
-                  arena.allocator.free_bytes(), " of ", arena.allocator.total(),
+      return fail(DW_ERROR_FULL, "arena full: a tenant of ", tenant_bytes(arena, records, count),
+                  " bytes, ", arena.allocator.free_bytes(), " of ", arena.allocator.total(),
                   " bytes free, the longest range ", arena.allocator.largest_free());
     }
-    slot.records.push_back({factors[i], *offset, bytes});
+    slot.records.push_back({records[i].parameter, records[i], *offset, bytes, true});
+  }
+  for (int i = 0; i < count; ++i) {
+    if (records[i].shares == -1) continue;
+    Record shared = *find_record(slot, records[i].shares);
+    shared.parameter = records[i].parameter;
+    shared.owned = false;
+    slot.records.push_back(shared);
   }
   return DW_OK;
 }
@@ -123,15 +177,15 @@ dw_status check_config(const dw_arena_config& config) {
     return fail(DW_ERROR_ARGUMENT, "arena address ", config.device_address,
                 " is not a multiple of ", DW_ALIGNMENT);
   }
-  if (config.slot_count < 1 || config.projection_count < 1 || config.projections == nullptr) {
+  if (config.slot_count < 1 || config.parameter_count < 1 || config.parameters == nullptr) {
     return fail(DW_ERROR_ARGUMENT, "arena of ", config.slot_count, " slots and ",
-                config.projection_count, " projections, expected at least 1 of each");
+                config.parameter_count, " parameters, expected at least 1 of each");
   }
   if (config.max_rank < 1 || config.max_rank > DW_MAX_RANK) {
     return fail(DW_ERROR_ARGUMENT, "max_rank ", config.max_rank, ", expected 1 to ", DW_MAX_RANK);
   }
-  for (int i = 0; i < config.projection_count; ++i) {
-    DW_RETURN_IF_ERROR(check_projection(config.projections[i], i));
+  for (int i = 0; i < config.parameter_count; ++i) {
+    DW_RETURN_IF_ERROR(check_parameter(config.parameters[i], i));
   }
   return DW_OK;
 }
@@ -183,23 +237,22 @@ dw_status dw_arena_get_stats(const dw_arena* arena, dw_arena_stats* stats) {
   return DW_OK;
 }
 
-dw_status dw_arena_tenant_bytes(const dw_arena* arena, const dw_factors* factors, int32_t count,
+dw_status dw_arena_tenant_bytes(const dw_arena* arena, const dw_record* records, int32_t count,
                                 uint64_t* bytes) {
   const Lock lock(arena->mutex);
-  DW_RETURN_IF_ERROR(dw::check_records(*arena, factors, count));
-  *bytes = 0;
-  for (int i = 0; i < count; ++i) *bytes += dw::payload_bytes(*arena, factors[i]);
+  DW_RETURN_IF_ERROR(dw::check_records(*arena, records, count));
+  *bytes = dw::tenant_bytes(*arena, records, count);
   return DW_OK;
 }
 
-dw_status dw_arena_reserve(dw_arena* arena, const dw_factors* factors, int32_t count,
+dw_status dw_arena_reserve(dw_arena* arena, const dw_record* records, int32_t count,
                            int32_t* slot) {
   const Lock lock(arena->mutex);
-  DW_RETURN_IF_ERROR(dw::check_records(*arena, factors, count));
+  DW_RETURN_IF_ERROR(dw::check_records(*arena, records, count));
   for (size_t i = 0; i < arena->slots.size(); ++i) {
     Slot& candidate = arena->slots[i];
     if (candidate.state != DW_SLOT_FREE) continue;
-    DW_RETURN_IF_ERROR(dw::take_records(*arena, factors, count, candidate));
+    DW_RETURN_IF_ERROR(dw::take_records(*arena, records, count, candidate));
     candidate.state = DW_SLOT_LOADING;
     *slot = static_cast<int32_t>(i);
     return DW_OK;
@@ -207,17 +260,17 @@ dw_status dw_arena_reserve(dw_arena* arena, const dw_factors* factors, int32_t c
   return fail(DW_ERROR_FULL, "arena full: all ", arena->slots.size(), " slots are taken");
 }
 
-dw_status dw_arena_payload(const dw_arena* arena, int32_t slot, int32_t projection,
-                           uint64_t* offset, uint64_t* bytes) {
+dw_status dw_arena_payload(const dw_arena* arena, int32_t slot, int32_t parameter, uint64_t* offset,
+                           uint64_t* bytes) {
   const Lock lock(arena->mutex);
   DW_RETURN_IF_ERROR(check_slot(*arena, slot));
-  for (const dw::Record& record : arena->slots[slot].records) {
-    if (record.factors.projection != projection) continue;
-    *offset = record.offset;
-    *bytes = record.bytes;
-    return DW_OK;
+  const dw::Record* record = dw::find_record(arena->slots[slot], parameter);
+  if (record == nullptr) {
+    return fail(DW_ERROR_ARGUMENT, "slot ", slot, " has no record of parameter ", parameter);
   }
-  return fail(DW_ERROR_ARGUMENT, "slot ", slot, " has no record of projection ", projection);
+  *offset = record->offset;
+  *bytes = record->bytes;
+  return DW_OK;
 }
 
 dw_status dw_arena_commit(dw_arena* arena, int32_t slot) {
@@ -282,13 +335,12 @@ dw_status dw_arena_unpin(dw_arena* arena, int32_t slot) {
 dw_status dw_arena_directory_rows(const dw_arena* arena, int32_t slot, int64_t* rows) {
   const Lock lock(arena->mutex);
   DW_RETURN_IF_ERROR(check_slot(*arena, slot));
-  std::fill(rows, rows + arena->projections.size() * DW_DIRECTORY_FIELDS, 0);
+  std::fill(rows, rows + arena->parameters.size() * DW_DIRECTORY_FIELDS, 0);
   const Slot& tenant = arena->slots[slot];
   if (tenant.state != DW_SLOT_RESIDENT) return DW_OK;
   for (const dw::Record& record : tenant.records) {
-    const int index = record.factors.projection;
-    dw::directory_row(record.factors, arena->projections[index], record.offset,
-                      rows + static_cast<int64_t>(index) * DW_DIRECTORY_FIELDS);
+    dw::directory_row(record.shape, arena->parameters[record.parameter], record.offset,
+                      rows + static_cast<int64_t>(record.parameter) * DW_DIRECTORY_FIELDS);
   }
   return DW_OK;
 }

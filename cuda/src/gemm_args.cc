@@ -3,26 +3,11 @@
 
 #include <cstdint>
 
+#include "checks.h"
 #include "layout.h"
 #include "payload.h"
-#include "status.h"
 
 namespace dw {
-namespace {
-
-dw_status check_range(const char* name, int64_t value, int64_t low, int64_t high) {
-  if (value >= low && value <= high) return DW_OK;
-  return fail(DW_ERROR_ARGUMENT, name, " ", value, ", expected ", low, " to ", high);
-}
-
-dw_status check_aligned(const char* name, const void* pointer, uintptr_t alignment) {
-  if (pointer == nullptr) return fail(DW_ERROR_ARGUMENT, name, " is null");
-  if (reinterpret_cast<uintptr_t>(pointer) % alignment == 0) return DW_OK;
-  return fail(DW_ERROR_ARGUMENT, name, " is not aligned to ", alignment, " bytes");
-}
-
-}  // namespace
-
 int resolve_chunk(int chunk_tokens, int token_count) {
   return chunk_tokens == 0 ? default_chunk(token_count) : chunk_tokens;
 }
@@ -38,17 +23,23 @@ dw_status check_sizes(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_range("max_rank", args.max_rank, 1, DW_MAX_RANK));
   DW_RETURN_IF_ERROR(check_range("dtype", args.dtype, DW_FLOAT16, DW_BFLOAT16));
   DW_RETURN_IF_ERROR(check_range("slot_count", args.slot_count, 1, INT32_MAX));
-  DW_RETURN_IF_ERROR(check_range("projection_count", args.projection_count, 1, INT32_MAX));
+  DW_RETURN_IF_ERROR(check_range("parameter_count", args.parameter_count, 1, INT32_MAX));
   DW_RETURN_IF_ERROR(check_chunk(args.chunk_tokens));
   for (int s = 0; s < args.slice_count; ++s) {
     const dw_slice& slice = args.slices[s];
     DW_RETURN_IF_ERROR(
-        check_range("projection of a slice", slice.projection, 0, args.projection_count - 1));
-    const dw_projection projection = {args.in_features, slice.out_features, args.in_offset,
-                                      slice.out_offset};
-    DW_RETURN_IF_ERROR(check_projection(projection, slice.projection));
+        check_range("parameter of a slice", slice.parameter, 0, args.parameter_count - 1));
+    const dw_parameter parameter = {DW_LINEAR, args.in_features, slice.out_features,
+                                    args.in_offset, slice.out_offset};
+    DW_RETURN_IF_ERROR(check_parameter(parameter, slice.parameter));
   }
   return DW_OK;
+}
+
+dw_status check_dense(const dw_gemm& args) {
+  DW_RETURN_IF_ERROR(check_range("slice_count of a dense product", args.slice_count, 1, 1));
+  DW_RETURN_IF_ERROR(check_sizes(args));
+  return check_pointers(args);
 }
 
 dw_status check_pointers(const dw_gemm& args) {
@@ -85,8 +76,7 @@ Workspace cut_workspace(const dw_gemm& args) {
   };
   cut.x = advance(tokens * cut.padded_in * 2);
   cut.x_scale = advance(tokens * sizeof(float));
-  cut.h = advance(rows * cut.ranks * sizeof(float));
-  cut.h_max = advance(rows * cut.blocks * sizeof(float));
+  cut.h = advance(tile_count(cut.padded_in / kGroup) * rows * cut.ranks * sizeof(float));
   return cut;
 }
 

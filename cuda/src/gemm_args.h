@@ -13,8 +13,7 @@ namespace dw {
 struct Workspace {
   size_t x;        // half [tokens, padded_in]: x behind in_offset zeros, scaled by a power of two
   size_t x_scale;  // float [tokens]: what undoes that scale
-  size_t h;        // float [slices, tokens, ranks]: sigma * (V^ x), tokens in the plan's order
-  size_t h_max;    // float [slices, tokens, blocks]: the largest |h| of each block of ranks
+  size_t h;        // float [tiles, slices, tokens, ranks]: sigma * (V^ x), tokens in the plan's order
   size_t bytes;
   int padded_in, ranks, blocks;
 };
@@ -23,6 +22,7 @@ int resolve_chunk(int chunk_tokens, int token_count);
 dw_status check_chunk(int chunk_tokens);
 dw_status check_sizes(const dw_gemm& args);
 dw_status check_pointers(const dw_gemm& args);
+dw_status check_dense(const dw_gemm& args);
 Workspace cut_workspace(const dw_gemm& args);
 size_t plan_bytes(int token_count);
 

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The entry points of a library built without a CUDA compiler: its host logic works, its kernels
-// say why they do not.
+// check their arguments and say why they go no further.
+#include "batch_args.h"
+#include "gemm_args.h"
 #include "status.h"
 
 namespace {
@@ -10,8 +12,31 @@ dw_status refuse(const char* name) {
 }  // namespace
 
 int32_t dw_has_cuda(void) { return 0; }
-dw_status dw_repack(const dw_repack_args*, void*) { return refuse("dw_repack"); }
 dw_status dw_plan_tokens(const int32_t*, int32_t, int32_t, int32_t, void*, size_t, void*) {
   return refuse("dw_plan_tokens");
 }
-dw_status dw_delta_gemm(const dw_gemm*, void*) { return refuse("dw_delta_gemm"); }
+dw_status dw_repack(const dw_repack_args* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_repack(*args));
+  return refuse("dw_repack");
+}
+dw_status dw_delta_gemm(const dw_gemm* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_sizes(*args));
+  DW_RETURN_IF_ERROR(dw::check_pointers(*args));
+  return refuse("dw_delta_gemm");
+}
+dw_status dw_dense_gemm(const dw_gemm* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_dense(*args));
+  return refuse("dw_dense_gemm");
+}
+dw_status dw_rms_norm(const dw_norm* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_norm(*args));
+  return refuse("dw_rms_norm");
+}
+dw_status dw_add_bias(const dw_bias* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_bias(*args));
+  return refuse("dw_add_bias");
+}
+dw_status dw_embed(const dw_embedding* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_embedding(*args));
+  return refuse("dw_embed");
+}

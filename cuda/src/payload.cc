@@ -9,125 +9,224 @@
 namespace dw {
 namespace {
 
+const char* kind_name(int parameter_kind) {
+  switch (parameter_kind) {
+    case DW_LINEAR:
+      return "linear";
+    case DW_EMBEDDING:
+      return "embedding";
+    default:
+      return "vector";
+  }
+}
+
 bool known_bits(int bits) {
   return bits == 1 || bits == 2 || bits == 3 || bits == 4 || bits == 8 || bits == 16;
 }
 
 dw_status check_features(const char* name, int features, int offset, int limit, int index) {
   if (features < 1 || features > limit) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, ": ", name, "_features ", features,
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", name, "_features ", features,
                 ", expected 1 to ", limit);
   }
   if (offset < 0 || offset >= kGroup) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, ": ", name, "_offset ", offset,
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", name, "_offset ", offset,
                 ", expected 0 to ", kGroup - 1);
   }
   return DW_OK;
 }
 
-dw_status check_groups(const char* name, int size, int offset, int index) {
+// `shard_offset`: of the parameter's first feature behind a multiple of 128.
+dw_status check_groups(const char* name, int size, int offset, int shard_offset, int index) {
   if (size < 0 || size % kGroup != 0) {
-    return fail(DW_ERROR_UNSUPPORTED, "projection ", index, ": ", name, "_group_size ", size,
+    return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": ", name, "_group_size ", size,
                 ", the kernels take multiples of ", kGroup, ", or 0 for one group");
   }
   if (offset < 0 || (size == 0 ? offset != 0 : offset >= size)) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, ": ", name, "_group_offset ", offset,
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", name, "_group_offset ", offset,
                 " with a group size of ", size);
+  }
+  if (size > 0 && offset % kGroup != shard_offset) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", name, "_group_offset ", offset,
+                " does not belong to a shard with offset ", shard_offset);
   }
   return DW_OK;
 }
 
 dw_status check_band(const dw_band& band, int number, int index) {
   if (!known_bits(band.bits)) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, " band ", number, ": ", band.bits,
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, " band ", number, ": ", band.bits,
                 " bits, expected 1, 2, 3, 4, 8 or 16");
   }
   if (band.rank < 1) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, " band ", number, ": rank ", band.rank,
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, " band ", number, ": rank ", band.rank,
                 ", expected at least 1");
   }
   const bool known =
       band.grid == DW_GRID_NONE || band.grid == DW_GRID_AFFINE || band.grid == DW_GRID_CODEBOOK;
   if (!known || (band.grid == DW_GRID_NONE) != (band.bits == 16)) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, " band ", number, ": grid ", band.grid,
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, " band ", number, ": grid ", band.grid,
                 " with ", band.bits, " bits; 16 bits have no grid, all others one");
   }
   return DW_OK;
 }
 
-}  // namespace
-
-dw_status check_projection(const dw_projection& projection, int index) {
-  DW_RETURN_IF_ERROR(check_features("in", projection.in_features, projection.in_offset,
-                                    DW_MAX_IN_FEATURES, index));
-  return check_features("out", projection.out_features, projection.out_offset, DW_MAX_OUT_FEATURES,
-                        index);
-}
-
-dw_status check_factors(const dw_factors& factors, int max_rank) {
-  const int index = factors.projection;
-  if (factors.band_count < 1 || factors.band_count > DW_MAX_BANDS) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, ": ", factors.band_count,
+dw_status check_factored(const dw_record& record, const dw_parameter& parameter, int index,
+                         int max_rank) {
+  if (record.band_count < 1 || record.band_count > DW_MAX_BANDS) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", record.band_count,
                 " bands, expected 1 to ", DW_MAX_BANDS);
   }
   int64_t rank = 0;
-  for (int b = 0; b < factors.band_count; ++b) {
-    DW_RETURN_IF_ERROR(check_band(factors.bands[b], b, index));
-    rank += factors.bands[b].rank;
+  for (int b = 0; b < record.band_count; ++b) {
+    DW_RETURN_IF_ERROR(check_band(record.bands[b], b, index));
+    rank += record.bands[b].rank;
   }
   if (rank > max_rank) {
-    return fail(DW_ERROR_ARGUMENT, "projection ", index, ": rank ", rank,
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": rank ", rank,
                 ", the arena takes up to ", max_rank);
   }
-  DW_RETURN_IF_ERROR(check_groups("v", factors.v_group_size, factors.v_group_offset, index));
-  return check_groups("u", factors.u_group_size, factors.u_group_offset, index);
+  DW_RETURN_IF_ERROR(check_groups("v", record.v_group_size, record.v_group_offset,
+                                  parameter.in_offset, index));
+  return check_groups("u", record.u_group_size, record.u_group_offset, parameter.out_offset, index);
 }
 
-int total_rank(const dw_factors& factors) {
+// A band of whole rows: low-bit ones, or fp16 ones that replace.
+dw_status check_rows(const dw_record& record, const dw_parameter& parameter, int index) {
+  if (record.rows < 1 || record.rows > parameter.out_features) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", record.rows,
+                " rows, expected 1 to ", parameter.out_features);
+  }
+  if (record.band_count != 1) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", record.band_count,
+                " bands of rows, expected 1");
+  }
+  const dw_band& band = record.bands[0];
+  DW_RETURN_IF_ERROR(check_band(band, 0, index));
+  if ((band.bits == 16) != (record.kind == DW_ROWS)) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", band.bits, " bits, expected ",
+                record.kind == DW_ROWS ? "16 for replaced rows" : "1 to 8 for dense rows");
+  }
+  if (band.rank != record.rows) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": a band of rank ", band.rank, " for ",
+                record.rows, " rows");
+  }
+  if (record.kind == DW_ROWS) return DW_OK;
+  return check_groups("v", record.v_group_size, record.v_group_offset, parameter.in_offset, index);
+}
+
+// Hands out consecutive ranges of a payload, each at a multiple of DW_ALIGNMENT.
+class Cursor {
+ public:
+  uint64_t advance(uint64_t bytes) {
+    const uint64_t start = at_;
+    at_ += round_up(bytes, DW_ALIGNMENT);
+    return start;
+  }
+  uint64_t at() const { return at_; }
+
+ private:
+  uint64_t at_ = 0;
+};
+
+}  // namespace
+
+dw_status check_parameter(const dw_parameter& parameter, int index) {
+  if (parameter.kind < DW_LINEAR || parameter.kind > DW_VECTOR) {
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": kind ", parameter.kind,
+                ", expected 0 to 2");
+  }
+  const bool vector = parameter.kind == DW_VECTOR;
+  DW_RETURN_IF_ERROR(check_features("in", parameter.in_features, parameter.in_offset,
+                                    vector ? DW_MAX_OUT_FEATURES : DW_MAX_IN_FEATURES, index));
+  return check_features("out", parameter.out_features, parameter.out_offset,
+                        vector ? 1 : DW_MAX_OUT_FEATURES, index);
+}
+
+dw_status check_record(const dw_record& record, const dw_parameter& parameter, int index,
+                       int max_rank) {
+  const char* name = kind_name(parameter.kind);
+  const bool vector = parameter.kind == DW_VECTOR;
+  switch (record.kind) {
+    case DW_FACTORED:
+      if (parameter.kind == DW_LINEAR) return check_factored(record, parameter, index, max_rank);
+      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": a factored record of a ", name,
+                  ", the kernels take those of linear parameters");
+    case DW_DENSE:
+    case DW_ROWS:
+      if (!vector) return check_rows(record, parameter, index);
+      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": rows of a ", name,
+                  ", expected values");
+    case DW_VALUES:
+      if (vector) return DW_OK;
+      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": values of a ", name,
+                  ", the kernels take those of vectors");
+    default:
+      return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": record kind ", record.kind,
+                  ", expected 0 to 3");
+  }
+}
+
+int total_rank(const dw_record& record) {
   int rank = 0;
-  for (int b = 0; b < factors.band_count; ++b) rank += factors.bands[b].rank;
+  for (int b = 0; b < record.band_count; ++b) rank += record.bands[b].rank;
   return rank;
 }
 
-Payload place(const dw_factors& factors, const dw_projection& projection) {
-  const int v_groups = group_count(projection.in_features, projection.in_offset);
-  const int u_groups = group_count(projection.out_features, projection.out_offset);
-  uint64_t cursor = kHeaderBytes;
-  const auto advance = [&cursor](uint64_t bytes) {
-    const uint64_t start = cursor;
-    cursor += round_up(bytes, DW_ALIGNMENT);
-    return start;
-  };
+Payload place(const dw_record& record, const dw_parameter& parameter) {
   Payload payload = {};
-  int padded = 0;
-  for (int b = 0; b < factors.band_count; ++b) padded += padded_rank(factors.bands[b].rank);
-  payload.sigma = advance(sizeof(float) * padded);
-  for (int b = 0; b < factors.band_count; ++b) {
-    const dw_band& band = factors.bands[b];
-    BandPlace& to = payload.bands[b];
-    to.v = advance(static_cast<uint64_t>(v_groups) * v_group_bytes(band.bits, band.rank));
-    to.u = advance(static_cast<uint64_t>(u_groups) * u_group_bytes(band.bits, band.rank));
-    if (band.grid == DW_GRID_CODEBOOK) to.levels = advance(2u << band.bits);
+  Cursor cursor;
+  if (record.kind == DW_FACTORED) {
+    int padded = 0;
+    for (int b = 0; b < record.band_count; ++b) padded += padded_rank(record.bands[b].rank);
+    cursor.advance(kHeaderBytes);
+    payload.sigma = cursor.advance(sizeof(float) * padded);
   }
-  payload.bytes = cursor;
+  if (record.kind == DW_ROWS) payload.indices = cursor.advance(sizeof(int32_t) * record.rows);
+  if (record.kind == DW_VALUES) {
+    payload.values = cursor.advance(sizeof(float) * parameter.in_features);
+  }
+  const int v_groups = group_count(parameter.in_features, parameter.in_offset);
+  const int u_groups = group_count(parameter.out_features, parameter.out_offset);
+  for (int b = 0; b < record.band_count; ++b) {
+    const dw_band& band = record.bands[b];
+    BandPlace& to = payload.bands[b];
+    to.v = cursor.advance(v_groups * static_cast<uint64_t>(v_group_bytes(band.bits, band.rank)));
+    if (record.kind == DW_FACTORED) {
+      to.u = cursor.advance(u_groups * static_cast<uint64_t>(u_group_bytes(band.bits, band.rank)));
+    }
+    if (band.grid == DW_GRID_CODEBOOK) to.levels = cursor.advance(2u << band.bits);
+  }
+  payload.bytes = cursor.at();
   return payload;
 }
 
-void directory_row(const dw_factors& factors, const dw_projection& projection, uint64_t offset,
+void directory_row(const dw_record& record, const dw_parameter& parameter, uint64_t offset,
                    int64_t* row) {
-  const Payload payload = place(factors, projection);
+  const Payload payload = place(record, parameter);
+  const bool factored = record.kind == DW_FACTORED;
   std::fill(row, row + DW_DIRECTORY_FIELDS, 0);
-  row[DW_FIELD_BAND_COUNT] = factors.band_count;
+  row[DW_FIELD_KIND] = record.kind + 1;
+  row[DW_FIELD_BAND_COUNT] = record.band_count;
   row[DW_FIELD_HEADER] = offset;
-  row[DW_FIELD_SIGMA] = offset + payload.sigma;
-  for (int b = 0; b < factors.band_count; ++b) {
-    const dw_band& band = factors.bands[b];
+  row[DW_FIELD_SIGMA] = factored ? offset + payload.sigma : 0;
+  row[DW_FIELD_INDICES] = record.kind == DW_ROWS ? offset + payload.indices : 0;
+  row[DW_FIELD_VALUES] = record.kind == DW_VALUES ? offset + payload.values : 0;
+  row[DW_FIELD_ROWS] = record.rows;
+  row[DW_FIELD_V_GROUP_SIZE] = record.v_group_size;
+  row[DW_FIELD_V_GROUP_OFFSET] = record.v_group_offset;
+  row[DW_FIELD_U_GROUP_SIZE] = record.u_group_size;
+  row[DW_FIELD_U_GROUP_OFFSET] = record.u_group_offset;
+  for (int b = 0; b < record.band_count; ++b) {
+    const dw_band& band = record.bands[b];
     int64_t* fields = row + DW_FIELD_BANDS + b * DW_BAND_FIELDS;
-    row[DW_FIELD_ROW_BLOCKS] += block_count(band.bits, band.rank);
-    row[DW_FIELD_PADDED_RANK] += padded_rank(band.rank);
+    if (factored) {
+      row[DW_FIELD_ROW_BLOCKS] += block_count(band.bits, band.rank);
+      row[DW_FIELD_PADDED_RANK] += padded_rank(band.rank);
+    }
     fields[DW_BAND_SHAPE] = band.bits | band.grid << 8 | static_cast<int64_t>(band.rank) << 16;
     fields[DW_BAND_V] = offset + payload.bands[b].v;
-    fields[DW_BAND_U] = offset + payload.bands[b].u;
+    fields[DW_BAND_U] = factored ? offset + payload.bands[b].u : 0;
     fields[DW_BAND_LEVELS] = payload.bands[b].levels ? offset + payload.bands[b].levels : 0;
   }
 }

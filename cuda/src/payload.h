@@ -14,20 +14,23 @@ struct BandPlace {
   uint64_t v, u, levels;  // byte offsets within the payload; levels 0 without a codebook
 };
 
+// Parts that a record's kind lacks lie at 0.
 struct Payload {
-  uint64_t sigma;
+  uint64_t sigma, indices, values;
   BandPlace bands[DW_MAX_BANDS];
   uint64_t bytes;
 };
 
-dw_status check_projection(const dw_projection& projection, int index);
-// Errors name the projection; `max_rank` is the arena's.
-dw_status check_factors(const dw_factors& factors, int max_rank);
+dw_status check_parameter(const dw_parameter& parameter, int index);
+// Whether the kernels compute a record that has its own bytes, as the value of parameter `index`
+// (its own, or one that shares it). Errors name the parameter; `max_rank` is the arena's.
+dw_status check_record(const dw_record& record, const dw_parameter& parameter, int index,
+                       int max_rank);
 
-int total_rank(const dw_factors& factors);
-Payload place(const dw_factors& factors, const dw_projection& projection);
+int total_rank(const dw_record& record);
+Payload place(const dw_record& record, const dw_parameter& parameter);
 // Fills DW_DIRECTORY_FIELDS numbers for a payload at `offset`.
-void directory_row(const dw_factors& factors, const dw_projection& projection, uint64_t offset,
+void directory_row(const dw_record& record, const dw_parameter& parameter, uint64_t offset,
                    int64_t* row);
 
 }  // namespace dw

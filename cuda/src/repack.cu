@@ -11,6 +11,7 @@
 // beside serving.
 #include <cuda_fp16.h>
 
+#include "batch_args.h"
 #include "fragment.cuh"
 #include "kernels.h"
 #include "payload.h"
@@ -170,12 +171,12 @@ void launch_band(int bits, const Band& band, cudaStream_t stream) {
 // Walks a factor's bands in file order.
 template <bool kIsV>
 cudaError_t repack_factor(const dw_repack_args& args, const Payload& payload, cudaStream_t stream) {
-  const dw_factors& factors = args.factors;
+  const dw_record& factors = args.record;
   unsigned char* base = static_cast<unsigned char*>(args.payload);
   int64_t code_at = 0, grid_at = 0;
   Band band = {};
-  band.features = kIsV ? args.projection.in_features : args.projection.out_features;
-  band.offset = kIsV ? args.projection.in_offset : args.projection.out_offset;
+  band.features = kIsV ? args.parameter.in_features : args.parameter.out_features;
+  band.offset = kIsV ? args.parameter.in_offset : args.parameter.out_offset;
   band.groups = group_count(band.features, band.offset);
   band.group_size = kIsV ? factors.v_group_size : factors.u_group_size;
   const int group_offset = kIsV ? factors.v_group_offset : factors.u_group_offset;
@@ -205,7 +206,7 @@ cudaError_t repack_factor(const dw_repack_args& args, const Payload& payload, cu
 }
 
 cudaError_t repack_small(const dw_repack_args& args, const Payload& payload, cudaStream_t stream) {
-  const dw_factors& factors = args.factors;
+  const dw_record& factors = args.record;
   unsigned char* base = static_cast<unsigned char*>(args.payload);
   float largest = 0.f;
   const float* sigma = args.sigma;
@@ -229,37 +230,13 @@ cudaError_t repack_small(const dw_repack_args& args, const Payload& payload, cud
   return cudaGetLastError();
 }
 
-dw_status check_repack(const dw_repack_args& args) {
-  DW_RETURN_IF_ERROR(check_projection(args.projection, args.factors.projection));
-  DW_RETURN_IF_ERROR(check_factors(args.factors, DW_MAX_RANK));
-  const dw_factors& factors = args.factors;
-  if (factors.v_group_offset % kGroup != args.projection.in_offset ||
-      factors.u_group_offset % kGroup != args.projection.out_offset) {
-    return fail(DW_ERROR_ARGUMENT, "group offsets ", factors.v_group_offset, " and ",
-                factors.u_group_offset, " do not belong to this shard");
-  }
-  bool grids = false, levels = false;
-  for (int b = 0; b < factors.band_count; ++b) {
-    grids |= factors.bands[b].grid != DW_GRID_NONE;
-    levels |= factors.bands[b].grid == DW_GRID_CODEBOOK;
-  }
-  if (!args.v_codes || !args.u_codes || !args.sigma || !args.payload ||
-      (grids && (!args.v_grid || !args.u_grid)) || (levels && !args.levels)) {
-    return fail(DW_ERROR_ARGUMENT, "a tensor of the record is null");
-  }
-  if (reinterpret_cast<uintptr_t>(args.payload) % DW_ALIGNMENT != 0) {
-    return fail(DW_ERROR_ARGUMENT, "payload is not aligned to ", DW_ALIGNMENT, " bytes");
-  }
-  return DW_OK;
-}
-
 }  // namespace
 }  // namespace dw
 
 dw_status dw_repack(const dw_repack_args* args, void* stream_pointer) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
   DW_RETURN_IF_ERROR(dw::check_repack(*args));
-  const dw::Payload payload = dw::place(args->factors, args->projection);
+  const dw::Payload payload = dw::place(args->record, args->parameter);
   if (args->payload_bytes < payload.bytes) {
     return dw::fail(DW_ERROR_ARGUMENT, "payload of ", args->payload_bytes, " bytes, needed ",
                     payload.bytes);

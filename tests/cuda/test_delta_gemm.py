@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from deltaweave.runtime_plugin.library import Library, LibraryError, Projection
+from deltaweave.runtime_plugin.library import Library, LibraryError, Parameter, ParameterKind
 from factored_records import RandomBand, RandomRecord
 
 pytestmark = pytest.mark.gpu
@@ -44,9 +44,9 @@ class Setup:
         self.case = case
         rng = np.random.default_rng(case.seed)
         offsets = [offset % 128 for offset in case.group_offsets]
-        projections = [Projection(case.in_features, out, *offsets) for out in case.outs]
+        parameters = [Parameter(ParameterKind.LINEAR, case.in_features, out, *offsets) for out in case.outs]
         rank = sum(band.rank for band in case.bands)
-        self.arena = DeviceArena(library, projections, slots=case.tenants + 1, size=64 << 20, max_rank=rank)
+        self.arena = DeviceArena(library, parameters, slots=case.tenants + 1, size=64 << 20, max_rank=rank)
         self.records = [
             {
                 index: RandomRecord.draw(rng, (out, case.in_features), case.bands, case.group_sizes, case.group_offsets)

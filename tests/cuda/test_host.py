@@ -11,32 +11,42 @@ from pathlib import Path
 
 import pytest
 from deltaweave.runtime_plugin.library import (
+    BAND_FIELDS,
     DIRECTORY_FIELDS,
     Arena,
     ArenaFullError,
-    Factors,
+    BandField,
+    Batch,
+    Bias,
+    Embedding,
+    Field,
     Gemm,
     Library,
     LibraryError,
-    Projection,
+    Norm,
+    Parameter,
+    ParameterKind,
+    Record,
+    RecordKind,
+    RepackArgs,
     find_library,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-PROJECTIONS = [Projection(256, 384, 0, 0), Projection(384, 256, 0, 0)]
+LINEARS = [Parameter(ParameterKind.LINEAR, 256, 384, 0, 0), Parameter(ParameterKind.LINEAR, 384, 256, 0, 0)]
 BANDS = [(8, 2, "affine"), (3, 32, "affine"), (2, 90, "affine")]
 KEEP_SLOTS = 3
 
 
 def tenant(bands=BANDS):
-    return [Factors.of(index, bands) for index in range(2)]
+    return [Record.factored(index, bands) for index in range(2)]
 
 
 @pytest.fixture
 def arena(library):
     with Arena(
-        library, device_address=1 << 20, size=1 << 20, slots=KEEP_SLOTS, projections=PROJECTIONS, max_rank=256
+        library, device_address=1 << 20, size=1 << 20, slots=KEEP_SLOTS, parameters=LINEARS, max_rank=256
     ) as made:
         yield made
 
@@ -53,10 +63,20 @@ def test_slot_life(arena):
     assert not any(map(any, arena.directory_rows(slot))), "a slot being loaded must not be visible"
     arena.commit(slot)
     assert arena.state(slot) == Arena.RESIDENT
-    assert arena.directory_rows(slot)[0][0] == len(BANDS)
+    assert arena.directory_rows(slot)[0][Field.BAND_COUNT] == len(BANDS)
     arena.evict(slot)
     assert arena.state(slot) == Arena.FREE
     assert arena.stats().free_bytes == 1 << 20
+
+
+def band_fields(row, band):
+    at = Field.BANDS + band * BAND_FIELDS
+    return row[at : at + BAND_FIELDS]
+
+
+def shape_of(fields):
+    shape = fields[BandField.SHAPE]
+    return shape & 255, shape >> 8 & 255, shape >> 16
 
 
 def test_directory_row_describes_the_payload(arena):
@@ -64,22 +84,26 @@ def test_directory_row_describes_the_payload(arena):
     place = arena.payload(slot, 1)
     row = arena.directory_rows(slot)[1]
     assert len(row) == DIRECTORY_FIELDS
-    assert row[:3] == [3, 1 + 2 + 6, 16 + 32 + 96]
-    assert row[3] == place.offset
-    shapes = [(row[8 + 4 * b] & 255, row[8 + 4 * b] >> 8 & 255, row[8 + 4 * b] >> 16) for b in range(3)]
-    assert shapes == [(8, 1, 2), (3, 1, 32), (2, 1, 90)]
-    offsets = [row[3], row[4], *(row[8 + 4 * b + part] for b in range(3) for part in (1, 2))]
+    assert row[Field.KIND] == RecordKind.FACTORED + 1
+    assert row[: Field.HEADER] == [3, 1 + 2 + 6, 16 + 32 + 96]
+    assert row[Field.HEADER] == place.offset
+    assert row[Field.V_GROUP_SIZE : Field.U_GROUP_OFFSET + 1] == [128, 0, 128, 0]
+    bands = [band_fields(row, band) for band in range(3)]
+    assert [shape_of(fields) for fields in bands] == [(8, 1, 2), (3, 1, 32), (2, 1, 90)]
+    offsets = [row[Field.HEADER], row[Field.SIGMA], *(f[part] for f in bands for part in (BandField.V, BandField.U))]
     assert all(offset % 256 == 0 for offset in offsets)
     assert len(set(offsets)) == len(offsets) and max(offsets) < place.offset + place.bytes
-    assert not any(row[8 + 4 * 3 :]), "bands that the record lacks are zero"
+    assert not any(row[Field.BANDS + 3 * BAND_FIELDS :]), "bands that the record lacks are zero"
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(968, 1.01), (2, 1.6)])
 def test_kernel_order_costs_little(library, rank, expected):
     """Absent ranks take no space: the arena's bytes stay near the file's (alignment shows in tiny records)."""
-    projections = [Projection(4096, 4096, 0, 0)]
-    with Arena(library, device_address=0, size=256, slots=1, projections=projections, max_rank=4096) as arena:
-        bytes_taken = arena.tenant_bytes([Factors.of(0, [(8, 2, "affine"), (3, 32, "affine"), (2, rank, "affine")])])
+    parameters = [Parameter(ParameterKind.LINEAR, 4096, 4096, 0, 0)]
+    with Arena(library, device_address=0, size=256, slots=1, parameters=parameters, max_rank=4096) as arena:
+        bytes_taken = arena.tenant_bytes(
+            [Record.factored(0, [(8, 2, "affine"), (3, 32, "affine"), (2, rank, "affine")])]
+        )
     file_bytes = 2 * (4096 * (16 + 96 + 2 * rank) // 8 + (34 + rank) * 32 * 4) + 4 * (34 + rank)
     assert file_bytes <= bytes_taken <= expected * file_bytes
 
@@ -87,7 +111,7 @@ def test_kernel_order_costs_little(library, rank, expected):
 def test_full_arena_says_what_is_missing(library, arena):
     size = arena.tenant_bytes(tenant())
     short = size - 256
-    with Arena(library, device_address=0, size=short, slots=1, projections=PROJECTIONS, max_rank=256) as tight:
+    with Arena(library, device_address=0, size=short, slots=1, parameters=LINEARS, max_rank=256) as tight:
         with pytest.raises(ArenaFullError, match=f"a tenant of {size} bytes, {short} of {short} bytes free"):
             tight.reserve(tenant())
         assert tight.stats().free_slots == 1, "a failed reservation takes nothing"
@@ -152,7 +176,7 @@ def test_growing_waits_for_graphs_and_steps(arena):
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(1, 200), st.integers(0, 7)), max_size=30))
 def test_payloads_never_overlap(library, actions):
     """Any order of loads and evictions keeps payloads disjoint, inside the buffer, and returns every byte."""
-    with Arena(library, device_address=0, size=1 << 20, slots=8, projections=PROJECTIONS, max_rank=256) as arena:
+    with Arena(library, device_address=0, size=1 << 20, slots=8, parameters=LINEARS, max_rank=256) as arena:
         held = {}
         for kind, rank, slot in actions:
             if kind < 3:
@@ -185,7 +209,7 @@ def test_payloads_never_overlap(library, actions):
 )
 def test_bad_bands_are_refused(arena, bands, message):
     with pytest.raises(LibraryError, match=message):
-        arena.reserve([Factors.of(0, bands)])
+        arena.reserve([Record.factored(0, bands)])
     assert arena.stats().free_slots == KEEP_SLOTS
 
 
@@ -195,26 +219,24 @@ def test_bad_bands_are_refused(arena, bands, message):
         ((64, 128), (0, 0), "v_group_size 64, the kernels take multiples of 128"),
         ((128, -128), (0, 0), "u_group_size -128"),
         ((128, 128), (128, 0), "v_group_offset 128 with a group size of 128"),
-        ((128, 128), (32, 0), "do not belong to a shard with offsets 0 and 0"),
+        ((128, 128), (32, 0), "v_group_offset 32 does not belong to a shard with offset 0"),
         ((None, 128), (5, 0), "v_group_offset 5 with a group size of 0"),
     ],
 )
 def test_bad_groups_are_refused(arena, sizes, offsets, message):
     with pytest.raises(LibraryError, match=message):
-        arena.reserve([Factors.of(0, BANDS, sizes, offsets)])
+        arena.reserve([Record.factored(0, BANDS, sizes, offsets)])
 
 
 def test_bad_records_are_refused(arena):
-    with pytest.raises(LibraryError, match="projection 2, expected 0 to 1"):
-        arena.reserve([Factors.of(2, BANDS)])
-    with pytest.raises(LibraryError, match="projection 0 comes twice"):
-        arena.reserve([Factors.of(0, BANDS), Factors.of(0, BANDS)])
+    with pytest.raises(LibraryError, match="parameter 2, expected 0 to 1"):
+        arena.reserve([Record.factored(2, BANDS)])
+    with pytest.raises(LibraryError, match="parameter 0 comes twice"):
+        arena.reserve([Record.factored(0, BANDS), Record.factored(0, BANDS)])
     with pytest.raises(LibraryError, match="9 bands, expected 1 to 8"):
-        Factors.of(0, [(2, 1, "affine")] * 9)
+        Record.factored(0, [(2, 1, "affine")] * 9)
     with pytest.raises(LibraryError, match="grid 'fixed'"):
-        Factors.of(0, [(2, 1, "fixed")])
-    with pytest.raises(LibraryError, match="a tenant of 0 records"):
-        arena.reserve([])
+        Record.factored(0, [(2, 1, "fixed")])
 
 
 @pytest.mark.parametrize("slot", [-1, KEEP_SLOTS])
@@ -230,13 +252,13 @@ def test_slots_outside_the_arena_are_refused(arena, slot):
         ({"device_address": 100}, "is not a multiple of 256"),
         ({"slots": 0}, "arena of 0 slots"),
         ({"max_rank": 4097}, "max_rank 4097, expected 1 to 4096"),
-        ({"projections": [Projection(32769, 8, 0, 0)]}, "in_features 32769"),
-        ({"projections": [Projection(8, 262145, 0, 0)]}, "out_features 262145"),
-        ({"projections": [Projection(8, 8, 128, 0)]}, "in_offset 128"),
+        ({"parameters": [Parameter(0, 32769, 8, 0, 0)]}, "in_features 32769"),
+        ({"parameters": [Parameter(0, 8, 262145, 0, 0)]}, "out_features 262145"),
+        ({"parameters": [Parameter(0, 8, 8, 128, 0)]}, "in_offset 128"),
     ],
 )
 def test_bad_arenas_are_refused(library, change, message):
-    good = {"device_address": 0, "size": 1 << 16, "slots": 1, "projections": PROJECTIONS, "max_rank": 16}
+    good = {"device_address": 0, "size": 1 << 16, "slots": 1, "parameters": LINEARS, "max_rank": 16}
     with pytest.raises(LibraryError, match=message):
         Arena(library, **(good | change))
 
@@ -244,10 +266,10 @@ def test_bad_arenas_are_refused(library, change, message):
 def good_gemm(library):
     """Arguments that pass every check; the addresses are never read."""
     gemm = Gemm(
-        arena=256, directory=256, projection_count=2, slot_count=4, max_rank=128, dtype=0, token_count=4,
+        arena=256, directory=256, parameter_count=2, slot_count=4, max_rank=128, dtype=0, token_count=4,
         in_features=256, x=256, x_stride=256, plan=256, slice_count=1, workspace=256,
     )  # fmt: skip
-    gemm.slices[0].projection = 1
+    gemm.slices[0].parameter = 1
     gemm.slices[0].out_features = gemm.slices[0].y_stride = 384
     gemm.slices[0].y = 256
     gemm.workspace_bytes = library.workspace_bytes(gemm)
@@ -265,7 +287,7 @@ def good_gemm(library):
         ("in_features", 0, "in_features 0"),
         ("in_offset", -1, "in_offset -1"),
         ("chunk_tokens", 16, "chunk_tokens 16, expected 0, 8 or 32"),
-        ("projection_count", 1, "projection of a slice 1, expected 0 to 0"),
+        ("parameter_count", 1, "parameter of a slice 1, expected 0 to 0"),
     ],
 )
 def test_bad_sizes_are_refused(library, field, value, message):
@@ -314,7 +336,7 @@ def test_build_without_a_cuda_compiler_is_skipped(tmp_path):
 
 
 def test_closed_arena(library):
-    arena = Arena(library, device_address=0, size=256, slots=1, projections=PROJECTIONS, max_rank=16)
+    arena = Arena(library, device_address=0, size=256, slots=1, parameters=LINEARS, max_rank=16)
     arena.close()
     arena.close()
     with pytest.raises(LibraryError, match="the arena is closed"):
@@ -333,5 +355,10 @@ def test_missing_library(monkeypatch, tmp_path):
 
 def test_structs_have_the_size_of_the_header():
     """Ctypes and C agree on layout: the sizes that deltaweave.h's structs have on 64-bit machines."""
-    assert ctypes.sizeof(Factors) == 4 * (2 + 3 * 8 + 4)
+    assert ctypes.sizeof(Record) == 4 * (5 + 3 * 8 + 4)
     assert ctypes.sizeof(Gemm) == 8 * 2 + 4 * 8 + 8 * 3 + 8 + 4 * 32 + 16
+    assert ctypes.sizeof(RepackArgs) == 4 * 33 + 4 * 5 + 8 * 10
+    assert ctypes.sizeof(Batch) == 8 * 3 + 4 * 4
+    assert ctypes.sizeof(Norm) == 40 + 4 * 4 + 8 * 7
+    assert ctypes.sizeof(Bias) == 40 + 8 + 4 * 32
+    assert ctypes.sizeof(Embedding) == 40 + 4 * 4 + 8 * 5
