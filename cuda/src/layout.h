@@ -5,22 +5,30 @@
 // Both factors are cut into blocks of 16 ranks x 128 features (8 ranks in a 16-bit band), the
 // weights that one warp feeds to eight m16n8k16 products. A block is
 //
-//     codes   lanes x 8*bits bytes     64 codes a lane: 32 pairs, pair j = 4 * product + register,
-//     two codes a pair grid    ranks x (scale, zero)    fp16; absent with 16 bits; a codebook has
-//     zero = 0
+//     codes   lanes x 8*bits bytes     64 codes a lane: 32 pairs, pair j = 4 * product + register
+//     grid    v: ranks x (scale, zero)    u: fours of ranks x (4 scales, 4 zeros)
+//             fp16; absent with 16 bits; a codebook has zero = 0
 //
 // padded to 16 bytes. A lane's 8*bits bytes are cut into 16-byte vectors (and an 8-byte one for 1
 // and 3 bits), stored vector by vector over the lanes, so that shared memory is read without bank
 // conflicts. Absent ranks take no space:
 //
-//     v   lane = 4*q + c holds ranks 2q, 2q+1 and, of every 32 features, the eight from 8c; ranks
-//     padded to 2 u   lane = q*quads + c holds ranks 4c..4c+3 and features 16q..16q+15; ranks
-//     padded to 4
+//     v   lane = 4*q + c holds ranks 2q, 2q+1 and, of every 32 features, the eight from 8c;
+//         ranks padded to 2
+//     u   lane = q*quads + c holds ranks 4c..4c+3 and features 16q..16q+15; ranks padded to 4
 //
 // v's order: band, block of ranks, group of 128 in_features. u's order: band, group of 128
 // out_features, block of ranks. So one warp streams consecutive bytes in both stages. Groups lie at
 // multiples of 128 of the whole layer: a shard that cuts one (in_offset, out_offset) has a partly
-// used first group.
+// used first group. Dense and replaced rows of an embedding or lm_head lie as v does, a row a rank.
+//
+// u is normalized: its scales, and the values of its 16-bit bands, are stored times 2^s, one s for
+// the record, chosen so that the largest magnitude among both lies in [2^6, 2^7). Rounding to fp16
+// then loses nothing unless s is negative and a scale 2^20 below the largest. A factored record's
+// header, float[64]:
+//
+//     [0]  the largest |scale| of u as the kernels see it: as stored, and 1 for a 16-bit band
+//     [1]  2^-s, which undoes it on the sums; 1 if all of u is zero
 #ifndef DELTAWEAVE_SRC_LAYOUT_H_
 #define DELTAWEAVE_SRC_LAYOUT_H_
 
@@ -90,6 +98,12 @@ DW_HD int plan_chunks(int tokens) { return kPlanHeader + static_cast<int>(round_
 
 // The default of chunk_tokens, by launch bucket.
 DW_HD int default_chunk(int tokens) { return tokens <= 256 ? 8 : 32; }
+
+// Stage 1 cuts a row of in_features into tiles of at most kTileGroups groups, all of one size but the
+// last.
+constexpr int kTileGroups = 32;
+DW_HD int tile_count(int in_groups) { return ceil_div(in_groups, kTileGroups); }
+DW_HD int tile_groups(int in_groups) { return ceil_div(in_groups, tile_count(in_groups)); }
 
 // Ranks of the workspace's intermediate, whatever bands a tenant has.
 DW_HD int intermediate_ranks(int max_rank) { return padded_rank(max_rank) + 16 * DW_MAX_BANDS; }

@@ -1,233 +1,147 @@
 // SPDX-License-Identifier: Apache-2.0
-// File order to kernel order, once per tenant.
+// dw_repack: file order to kernel order, once per tenant and record, in two launches (one for rows
+// and values). This file describes the record to the kernels.
 //
-//   codes  bands at multiples of 16 bytes, rows of little-endian bit streams (SPEC.md, "Codes") ->
-//   blocks (layout.h) grid   fp16 [rank, groups, 2] affine or [rank, groups] codebook, or one entry
-//   a band          ->  in the blocks sigma  float [rank]  ->  float, every band padded to 16 by
-//   zeros       levels  float  ->  fp16
-//
-// One warp a block, one thread a lane's 64 codes, gathered into registers and written as whole
-// vectors. Reads and writes every byte once (reads through L1, code by code); it runs at load,
-// beside serving.
-#include <cuda_fp16.h>
-
+//   factored  header, sigma, levels (repack_numbers.cu), then v's and u's blocks (repack_blocks.cu)
+//   dense     levels if it has a codebook, blocks in v's order
+//   rows      indices as they are, fp16 rows as blocks in v's order
+//   values    as they are
 #include "batch_args.h"
-#include "fragment.cuh"
 #include "kernels.h"
+#include "layout.h"
 #include "payload.h"
+#include "repack.h"
 #include "status.h"
 
 namespace dw {
 namespace {
 
-// One band of one factor.
-struct Band {
-  const unsigned char* codes;
-  const __half* grid;
-  unsigned char* to;
-  int rank, features, offset;  // offset: of the first feature within its group of 128
-  int blocks, groups;          // of 128 features
-  int group_size;              // 0: one entry for the band
-  int group_base, grid_groups;
-  bool affine;
-  float* largest;  // scale, for u; else null
+struct Factor {
+  const void *codes, *grid;
+  bool is_u;
+  int features, offset, group_size, group_offset;
+
+  int groups() const { return group_count(features, offset); }
+  int grid_groups() const {
+    return group_size > 0 ? ceil_div(features + group_offset, group_size) : 1;
+  }
+  int64_t row_bytes(int bits) const { return (static_cast<int64_t>(bits) * features + 7) / 8; }
+  int64_t grid_halves(const dw_band& band) const {
+    if (band.bits == 16) return 0;
+    const int64_t entries = group_size > 0 ? static_cast<int64_t>(band.rank) * grid_groups() : 1;
+    return entries * (band.grid == DW_GRID_AFFINE ? 2 : 1);
+  }
 };
 
-template <int kBits>
-__device__ __forceinline__ uint32_t read_code(const Band& band, int rank, int feature) {
-  if (rank >= band.rank || feature < 0 || feature >= band.features) return 0;
-  if constexpr (kBits == 16) {
-    const int64_t index = static_cast<int64_t>(rank) * band.features + feature;
-    return reinterpret_cast<const uint16_t*>(band.codes)[index];
-  }
-  const int64_t row_bytes = (static_cast<int64_t>(kBits) * band.features + 7) / 8;
-  const int bit = kBits * feature;
-  const unsigned char* at = band.codes + rank * row_bytes + bit / 8;
-  uint32_t raw = at[0];
-  if (bit % 8 + kBits > 8) raw |= static_cast<uint32_t>(at[1]) << 8;
-  return raw >> bit % 8 & ((1u << kBits) - 1);
+Factor v_factor(const dw_repack_args& args) {
+  const dw_record& record = args.record;
+  const void* codes = record.kind == DW_ROWS ? args.values : args.v_codes;
+  return {codes,
+          args.v_grid,
+          false,
+          args.parameter.in_features,
+          args.parameter.in_offset,
+          record.v_group_size,
+          record.v_group_offset};
 }
 
-// The inverse of locate() in fragment.cuh.
-template <int kBits>
-__device__ __forceinline__ void place_pair(uint32_t (&words)[2 * kBits], int j, uint32_t low,
-                                           uint32_t high) {
-  const uint32_t pair = low | high << 16;
-  if (kBits == 3 && j >= 30) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) words[3 * (j - 30) + i] |= (pair >> i & 0x00010001u) << 15;
-    return;
-  }
-  const Spot at = spot<kBits>(j);
-  words[at.word] |= pair << at.bit;
+Factor u_factor(const dw_repack_args& args) {
+  const dw_record& record = args.record;
+  return {args.u_codes,
+          args.u_grid,
+          true,
+          args.parameter.out_features,
+          args.parameter.out_offset,
+          record.u_group_size,
+          record.u_group_offset};
 }
 
-template <int kBits>
-__device__ __forceinline__ void store_words(const uint32_t (&words)[2 * kBits],
-                                            unsigned char* block, int lane, int lanes) {
-  constexpr int kVectors = kBits / 2;
-#pragma unroll
-  for (int v = 0; v < kVectors; ++v) {
-    *reinterpret_cast<uint4*>(block + (v * lanes + lane) * 16) =
-        make_uint4(words[4 * v], words[4 * v + 1], words[4 * v + 2], words[4 * v + 3]);
-  }
-  if constexpr (kBits % 2 == 1) {
-    *reinterpret_cast<uint2*>(block + kVectors * lanes * 16 + lane * 8) =
-        make_uint2(words[4 * kVectors], words[4 * kVectors + 1]);
-  }
-}
-
-template <int kBits>
-__device__ void store_grid(const Band& band, int first_rank, int group, int slots,
-                           unsigned char* to) {
-  const int slot = threadIdx.x % 32;
-  if (slot >= slots) return;
-  __half scale = __ushort_as_half(0), zero = scale;
-  const int rank = first_rank + slot;
-  if (rank < band.rank) {
-    int64_t entry = 0;
-    if (band.group_size > 0) {
-      entry = static_cast<int64_t>(rank) * band.grid_groups +
-              (group * kGroup + band.group_base) / band.group_size;
-    }
-    scale = band.grid[band.affine ? 2 * entry : entry];
-    if (band.affine) zero = band.grid[2 * entry + 1];
-    if (band.largest != nullptr) {
-      const float magnitude = fabsf(__half2float(scale));
-      atomicMax(reinterpret_cast<int*>(band.largest), __float_as_int(magnitude));
-    }
-  }
-  reinterpret_cast<__half2*>(to)[slot] = __halves2half2(scale, zero);
-}
-
-template <int kBits, bool kIsV>
-__global__ void __launch_bounds__(kThreads) repack_kernel(const Band band) {
-  const int64_t unit = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / 32;
-  if (unit >= static_cast<int64_t>(band.blocks) * band.groups) return;
-  const int block = static_cast<int>(kIsV ? unit / band.groups : unit % band.blocks);
-  const int group = static_cast<int>(kIsV ? unit % band.groups : unit / band.blocks);
-  const int first = block * block_ranks(kBits);
-  const int ranks = min(band.rank - first, block_ranks(kBits));
-  const int q = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
-  const int present = kIsV ? ceil_div(ranks, 2) : ceil_div(ranks, 4);
-  const int64_t whole = whole_block_bytes(kBits);
-  unsigned char* to =
-      band.to +
-      (kIsV ? block * whole * band.groups + group * v_block_bytes(kBits, ranks)
-            : group * static_cast<int64_t>(u_group_bytes(kBits, band.rank)) + block * whole);
-  const int feature0 = group * kGroup - band.offset;
-  if ((kIsV ? q : c) < present) {
-    uint32_t words[2 * kBits] = {};
-#pragma unroll
-    for (int j = 0; j < 32; ++j) {
-      const int f = j / 4, r = j % 4;
-      uint32_t codes[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int rank = kIsV ? 2 * q + (r & 1) : 4 * c + 2 * (r >> 1) + half;
-        const int feature = kIsV ? 32 * (f / 2) + 8 * c + 4 * (f % 2) + 2 * (r >> 1) + half
-                                 : 16 * q + 2 * f + (r & 1);
-        codes[half] = read_code<kBits>(band, first + rank, feature0 + feature);
-      }
-      place_pair<kBits>(words, j, codes[0], codes[1]);
-    }
-    store_words<kBits>(words, to, kIsV ? 4 * q + c : q * present + c,
-                       kIsV ? 4 * present : 8 * present);
-  }
-  if constexpr (kBits != 16) {
-    const int code_bytes = kIsV ? v_code_bytes(kBits, ranks) : u_code_bytes(kBits, ranks);
-    store_grid<kBits>(band, first, group, ceil_div(ranks, 4) * 4, to + code_bytes);
-  }
-}
-
-__global__ void sigma_kernel(const float* sigma, int rank, int padded, float* to) {
-  const int r = blockIdx.x * blockDim.x + threadIdx.x;
-  if (r < padded) to[r] = r < rank ? sigma[r] : 0.f;
-}
-
-__global__ void levels_kernel(const float* levels, __half* to) {
-  to[threadIdx.x] = __float2half_rn(levels[threadIdx.x]);
-}
-
-__global__ void header_kernel(float* header, float largest) {
-  header[threadIdx.x] = threadIdx.x == 0 ? largest : 0.f;
-}
-
-template <bool kIsV>
-void launch_band(int bits, const Band& band, cudaStream_t stream) {
-  const int64_t units = static_cast<int64_t>(band.blocks) * band.groups;
-  const int grid = static_cast<int>((units + kWarps - 1) / kWarps);
-  const auto launch = [&]<int kBits>() {
-    repack_kernel<kBits, kIsV><<<grid, kThreads, 0, stream>>>(band);
-  };
-  if (bits == 1) launch.template operator()<1>();
-  if (bits == 2) launch.template operator()<2>();
-  if (bits == 3) launch.template operator()<3>();
-  if (bits == 4) launch.template operator()<4>();
-  if (bits == 8) launch.template operator()<8>();
-  if (bits == 16) launch.template operator()<16>();
-}
-
-// Walks a factor's bands in file order.
-template <bool kIsV>
-cudaError_t repack_factor(const dw_repack_args& args, const Payload& payload, cudaStream_t stream) {
-  const dw_record& factors = args.record;
-  unsigned char* base = static_cast<unsigned char*>(args.payload);
+// Calls visit(index, band, codes, grid) for a factor's bands in file order.
+template <typename Visit>
+void walk_bands(const dw_record& record, const Factor& factor, Visit&& visit) {
   int64_t code_at = 0, grid_at = 0;
-  Band band = {};
-  band.features = kIsV ? args.parameter.in_features : args.parameter.out_features;
-  band.offset = kIsV ? args.parameter.in_offset : args.parameter.out_offset;
-  band.groups = group_count(band.features, band.offset);
-  band.group_size = kIsV ? factors.v_group_size : factors.u_group_size;
-  const int group_offset = kIsV ? factors.v_group_offset : factors.u_group_offset;
-  band.group_base = group_offset - band.offset;
-  band.grid_groups =
-      band.group_size > 0 ? ceil_div(band.features + group_offset, band.group_size) : 1;
-  band.largest = kIsV ? nullptr : static_cast<float*>(args.payload);
-  for (int b = 0; b < factors.band_count; ++b) {
-    const dw_band& shape = factors.bands[b];
-    band.rank = shape.rank;
-    band.blocks = block_count(shape.bits, shape.rank);
-    band.affine = shape.grid == DW_GRID_AFFINE;
+  for (int b = 0; b < record.band_count; ++b) {
+    const dw_band& band = record.bands[b];
     code_at = round_up(code_at, 16);
-    band.codes = static_cast<const unsigned char*>(kIsV ? args.v_codes : args.u_codes) + code_at;
-    band.grid = static_cast<const __half*>(kIsV ? args.v_grid : args.u_grid) + grid_at;
-    band.to = base + (kIsV ? payload.bands[b].v : payload.bands[b].u);
-    launch_band<kIsV>(shape.bits, band, stream);
-    const cudaError_t error = cudaGetLastError();
-    if (error != cudaSuccess) return error;
-    code_at += shape.rank * ((static_cast<int64_t>(shape.bits) * band.features + 7) / 8);
-    if (shape.bits == 16) continue;
-    const int64_t entries =
-        band.group_size > 0 ? static_cast<int64_t>(shape.rank) * band.grid_groups : 1;
-    grid_at += entries * (band.affine ? 2 : 1);
+    visit(b, band, static_cast<const unsigned char*>(factor.codes) + code_at,
+          static_cast<const __half*>(factor.grid) + grid_at);
+    code_at += band.rank * factor.row_bytes(band.bits);
+    grid_at += factor.grid_halves(band);
   }
-  return cudaSuccess;
 }
 
-cudaError_t repack_small(const dw_repack_args& args, const Payload& payload, cudaStream_t stream) {
-  const dw_record& factors = args.record;
+void add_bands(const dw_repack_args& args, const Payload& payload, const Factor& factor,
+               RepackBands& bands) {
+  walk_bands(args.record, factor,
+             [&](int b, const dw_band& shape, const unsigned char* codes, const __half* grid) {
+               RepackBand& band = bands.of[bands.count++];
+               band.codes = codes;
+               band.code_bytes = shape.rank * factor.row_bytes(shape.bits);
+               band.grid = grid;
+               band.to = static_cast<unsigned char*>(args.payload) +
+                         (factor.is_u ? payload.bands[b].u : payload.bands[b].v);
+               band.bits = shape.bits;
+               band.rank = shape.rank;
+               band.features = factor.features;
+               band.offset = factor.offset;
+               band.groups = factor.groups();
+               band.group_size = factor.group_size;
+               band.group_base = factor.group_offset - factor.offset;
+               band.grid_groups = factor.grid_groups();
+               band.affine = shape.grid == DW_GRID_AFFINE;
+               band.is_u = factor.is_u;
+               band.first_unit = bands.units;
+               bands.units += block_count(shape.bits, shape.rank) * band.groups;
+             });
+}
+
+RepackBands describe_bands(const dw_repack_args& args, const Payload& payload) {
+  RepackBands bands = {};
+  bands.header = static_cast<const float*>(args.payload);
+  add_bands(args, payload, v_factor(args), bands);
+  if (args.record.kind == DW_FACTORED) add_bands(args, payload, u_factor(args), bands);
+  return bands;
+}
+
+RepackNumbers describe_numbers(const dw_repack_args& args, const Payload& payload) {
+  const dw_record& record = args.record;
   unsigned char* base = static_cast<unsigned char*>(args.payload);
-  float largest = 0.f;
-  const float* sigma = args.sigma;
-  const float* levels = args.levels;
-  float* to = reinterpret_cast<float*>(base + payload.sigma);
-  for (int b = 0; b < factors.band_count; ++b) {
-    const dw_band& shape = factors.bands[b];
-    const int padded = padded_rank(shape.rank);
-    if (shape.bits == 16) largest = 1.f;
-    sigma_kernel<<<ceil_div(padded, kThreads), kThreads, 0, stream>>>(sigma, shape.rank, padded,
-                                                                      to);
-    sigma += shape.rank;
-    to += padded;
-    if (shape.grid != DW_GRID_CODEBOOK) continue;
-    levels_kernel<<<1, 1 << shape.bits, 0, stream>>>(
-        levels, reinterpret_cast<__half*>(base + payload.bands[b].levels));
-    levels += 1 << shape.bits;
+  RepackNumbers numbers = {};
+  numbers.band_count = record.band_count;
+  numbers.levels = args.levels;
+  for (int b = 0; b < record.band_count; ++b) {
+    const dw_band& band = record.bands[b];
+    numbers.rank[b] = band.rank;
+    numbers.level_count[b] = band.grid == DW_GRID_CODEBOOK ? 1 << band.bits : 0;
+    numbers.levels_to[b] = reinterpret_cast<__half*>(base + payload.bands[b].levels);
   }
-  header_kernel<<<1, kHeaderBytes / sizeof(float), 0, stream>>>(reinterpret_cast<float*>(base),
-                                                                largest);
-  return cudaGetLastError();
+  if (record.kind != DW_FACTORED) return numbers;
+  numbers.sigma = args.sigma;
+  numbers.sigma_to = reinterpret_cast<float*>(base + payload.sigma);
+  numbers.header_to = reinterpret_cast<float*>(base);
+  const Factor u = u_factor(args);
+  walk_bands(record, u,
+             [&](int b, const dw_band& band, const unsigned char* codes, const __half* grid) {
+               RepackRange& range = numbers.ranges[b];
+               range.scales = band.bits != 16;
+               range.values = range.scales ? grid : reinterpret_cast<const __half*>(codes);
+               range.step = band.grid == DW_GRID_AFFINE ? 2 : 1;
+               range.count = range.scales ? u.grid_halves(band)
+                                          : static_cast<int64_t>(band.rank) * u.features;
+             });
+  return numbers;
+}
+
+bool has_numbers(const dw_record& record) {
+  return record.kind == DW_FACTORED ||
+         (record.kind == DW_DENSE && record.bands[0].grid == DW_GRID_CODEBOOK);
+}
+
+dw_status copy(const dw_repack_args& args, uint64_t to, const void* from, size_t bytes,
+               cudaStream_t stream) {
+  return check_launch(cudaMemcpyAsync(static_cast<unsigned char*>(args.payload) + to, from, bytes,
+                                      cudaMemcpyDeviceToDevice, stream),
+                      "repack copy");
 }
 
 }  // namespace
@@ -236,13 +150,21 @@ cudaError_t repack_small(const dw_repack_args& args, const Payload& payload, cud
 dw_status dw_repack(const dw_repack_args* args, void* stream_pointer) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
   DW_RETURN_IF_ERROR(dw::check_repack(*args));
-  const dw::Payload payload = dw::place(args->record, args->parameter);
-  if (args->payload_bytes < payload.bytes) {
-    return dw::fail(DW_ERROR_ARGUMENT, "payload of ", args->payload_bytes, " bytes, needed ",
-                    payload.bytes);
-  }
+  const dw_record& record = args->record;
+  const dw::Payload payload = dw::place(record, args->parameter);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  DW_RETURN_IF_ERROR(dw::check_launch(dw::repack_small(*args, payload, stream), "repack"));
-  DW_RETURN_IF_ERROR(dw::check_launch(dw::repack_factor<true>(*args, payload, stream), "repack v"));
-  return dw::check_launch(dw::repack_factor<false>(*args, payload, stream), "repack u");
+  if (record.kind == DW_VALUES) {
+    return dw::copy(*args, payload.values, args->values,
+                    sizeof(float) * args->parameter.in_features, stream);
+  }
+  if (record.kind == DW_ROWS) {
+    DW_RETURN_IF_ERROR(dw::copy(*args, payload.indices, args->indices,
+                                sizeof(int32_t) * record.rows, stream));
+  }
+  if (dw::has_numbers(record)) {
+    DW_RETURN_IF_ERROR(dw::check_launch(
+        dw::launch_repack_numbers(dw::describe_numbers(*args, payload), stream), "repack numbers"));
+  }
+  return dw::check_launch(dw::launch_repack_blocks(dw::describe_bands(*args, payload), stream),
+                          "repack blocks");
 }
