@@ -1,16 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The PyTorch host: the reference op, and deltas on Hugging Face models."""
+"""The PyTorch host: custom ops and their reference, deltas on Hugging Face models, and many of them in one batch."""
 
-from deltaweave.runtime_plugin.pytorch.attach import AttachError, Attachment, attach
+from deltaweave.runtime_plugin.pytorch.arena import Arena, ArenaError
+from deltaweave.runtime_plugin.pytorch.attach import attach
+from deltaweave.runtime_plugin.pytorch.fit import AttachError
+from deltaweave.runtime_plugin.pytorch.ops import OpError
 from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta, PackedRows
 from deltaweave.runtime_plugin.pytorch.reference import delta_linear, delta_rows, dense_linear
+from deltaweave.runtime_plugin.pytorch.serve import ServingAttachment
+from deltaweave.runtime_plugin.pytorch.swaps import Attachment
+from deltaweave.runtime_plugin.pytorch.tenant import Tenant
 
 __all__ = [
+    "Arena",
+    "ArenaError",
     "AttachError",
     "Attachment",
     "DenseDelta",
     "FactoredDelta",
+    "OpError",
     "PackedRows",
+    "ServingAttachment",
+    "Tenant",
     "attach",
     "delta_linear",
     "delta_rows",

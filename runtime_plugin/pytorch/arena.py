@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The arena: fine-tunes of one base model in one device buffer, swapped between steps.
+
+Bookkeeping (which bytes and which slot are whose, and until when) is libdeltaweave's; this module owns the memory: the
+buffer, the directory, every tenant's bytes on the host, and the events that say when the device is done with them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deltaweave.formats import Delta, DeltaweaveError
+from deltaweave.runtime_plugin import library
+from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats
+from deltaweave.runtime_plugin.pytorch.native import native_library
+from deltaweave.runtime_plugin.pytorch.tenant import EMBEDDING, ParameterTable, Tenant, load_tenant
+from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader, HostUploader, Ready, Uploader
+from torch import nn
+
+__all__ = ["Arena", "ArenaError", "SlotSettings"]
+
+ALIGNMENT = 256
+# Tokens that a tenant may add to the base's vocabulary where nobody says how many.
+SPARE_TOKENS = 256
+
+
+class ArenaError(DeltaweaveError, ValueError):
+    """A tenant's name that is unknown or taken, or an arena that is used otherwise than it allows."""
+
+
+@dataclass
+class _Entry:
+    """A tenant, its bytes on the host, and its place in the arena if it has one.
+
+    Attributes:
+        ready: the upload that its directory rows still wait for.
+    """
+
+    tenant: Tenant
+    held: Any
+    slot: int | None = None
+    ready: Ready | None = None
+    pins: int = 0
+
+
+@dataclass(frozen=True)
+class SlotSettings:
+    """What a slot's tenant changes beside parameters. Row -1, the last, is the base's.
+
+    Attributes:
+        vocabulary: int64 [slots + 1], tokens that it knows.
+        inverse_frequencies: float32 [slots + 1, head_dim / 2], of its rotary embedding.
+        rotary_scale: float32 [slots + 1].
+    """
+
+    vocabulary: torch.Tensor
+    inverse_frequencies: torch.Tensor
+    rotary_scale: torch.Tensor
+
+    @classmethod
+    def of(cls, model: nn.Module, slots: int, device: torch.device) -> SlotSettings:
+        """The base's for every slot."""
+        rotary: Any = model.get_submodule("model.rotary_emb")
+        return cls(
+            vocabulary=torch.full((slots + 1,), len(model.get_parameter(EMBEDDING)), device=device),
+            inverse_frequencies=rotary.inv_freq.float().to(device).repeat(slots + 1, 1),
+            rotary_scale=torch.full((slots + 1,), float(rotary.attention_scaling), device=device),
+        )
+
+    def write(self, slot: int, tenant: Tenant) -> None:
+        """Makes a slot the tenant's, in the current stream's order."""
+        self.vocabulary[slot] = tenant.vocabulary
+        self.inverse_frequencies[slot].copy_(_pinned(tenant.inverse_frequencies, self.vocabulary), non_blocking=True)
+        self.rotary_scale[slot] = tenant.rotary_scale
+
+
+class Arena:
+    """Tenants of one base model, resident on the device or held on the host, and the slots they have.
+
+    Not thread-safe: one thread adds, evicts and steps. Steps run on the stream that is current when they begin.
+
+    Attributes:
+        table: what tenants may change.
+        buffer: uint8, the tenants' bytes.
+        directory: int64 [parameters, slots, fields], where they lie.
+        settings: what tenants change beside parameters.
+        max_rank: the largest rank of a record.
+    """
+
+    def __init__(
+        self, table: ParameterTable, *, capacity_bytes: int, slots: int, device: torch.device, max_rank: int
+    ) -> None:
+        """Takes the device memory; see `for_model`."""
+        self.table = table
+        self.max_rank = max_rank
+        self.buffer = _aligned_bytes(capacity_bytes, device)
+        self.directory = torch.zeros(len(table), slots, DIRECTORY_FIELDS, dtype=torch.int64, device=device)
+        self.settings = SlotSettings.of(table.model, slots, device)
+        self._uploader: Uploader = DeviceUploader(self.buffer) if device.type == "cuda" else HostUploader(self.buffer)
+        self._book = library.Arena(
+            native_library(),
+            device_address=self.buffer.data_ptr(),
+            size=capacity_bytes,
+            slots=slots,
+            parameters=table.shapes(),
+            max_rank=max_rank,
+        )
+        self._entries: dict[str, _Entry] = {}
+        self._open_steps: deque[tuple[int, torch.cuda.Event]] = deque()
+
+    @classmethod
+    def for_model(
+        cls,
+        model: nn.Module,
+        *,
+        capacity_bytes: int,
+        slots: int = 64,
+        vocabulary: int | None = None,
+        max_rank: int | None = None,
+        device: torch.device | str | None = None,
+    ) -> Arena:
+        """An arena for fine-tunes of a model.
+
+        Args:
+            model: a Hugging Face decoder (Llama, Mistral, Qwen2, Qwen3) holding the base, on its device.
+            capacity_bytes: of device memory for tenants.
+            slots: tenants that may be resident at a time, bytes allowing.
+            vocabulary: the most tokens that a tenant may have; None for the base's and 256 more.
+            max_rank: largest rank of a tenant's record; None for what the model's shapes allow, up to 4096.
+            device: None for the model's.
+
+        Raises:
+            AttachError: the model is none of these, or has a delta attached.
+            LibraryError: libdeltaweave is not built, or cannot serve such shapes.
+        """
+        home = torch.device(device) if device is not None else next(model.parameters()).device
+        known = len(model.get_parameter(EMBEDDING))
+        table = ParameterTable(model, known + SPARE_TOKENS if vocabulary is None else vocabulary)
+        return cls(
+            table,
+            capacity_bytes=capacity_bytes,
+            slots=slots,
+            device=home,
+            max_rank=table.largest_rank() if max_rank is None else max_rank,
+        )
+
+    @property
+    def names(self) -> list[str]:
+        """All tenants, resident or not."""
+        return list(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __getitem__(self, name: str) -> Tenant:
+        """A tenant by its name."""
+        return self._entry(name).tenant
+
+    def add(self, delta: Delta | str | Path, name: str | None = None, *, accept_base: bool = False) -> Tenant:
+        """Makes a fine-tune a tenant: its bytes go to host memory and, evicting others if need be, to the device.
+
+        The host does not wait for the upload; the first step that uses the tenant does, on the device.
+
+        Args:
+            delta: a file, or one that is open (and may be closed afterwards).
+            name: what requests call it; None for the file's name without its ending.
+            accept_base: do not compare the model's weights with the base that the delta was made from.
+
+        Raises:
+            AttachError: another base, or a record that an arena does not serve.
+            ArenaError: the name is taken.
+            ArenaFullError: it cannot fit beside the tenants that are pinned or in use. It is then no tenant.
+        """
+        if not isinstance(delta, Delta):
+            with Delta.open(delta) as opened:
+                return self.add(opened, name, accept_base=accept_base)
+        chosen = delta.path.name.partition(".")[0] if name is None else name
+        if chosen in self._entries:
+            raise ArenaError(f"{delta.path}: a tenant {chosen!r} is there already")
+        tenant = load_tenant(self.table, delta, chosen, accept_base=accept_base)
+        self._require_room(tenant)
+        entry = _Entry(tenant, self._uploader.hold(tenant.records))
+        self._bring(entry)
+        self._entries[chosen] = entry
+        return tenant
+
+    def remove(self, name: str) -> None:
+        """Forgets a tenant, on the host too.
+
+        Raises:
+            ArenaError: no such tenant, or a pinned one.
+        """
+        self.evict(name)
+        del self._entries[name]
+
+    def evict(self, name: str) -> None:
+        """Takes a tenant off the device; its bytes are reused once the last step with it is done.
+
+        Raises:
+            ArenaError: no such tenant, or a pinned one.
+        """
+        entry = self._entry(name)
+        if entry.pins:
+            raise ArenaError(f"tenant {name!r} is pinned")
+        if entry.slot is not None:
+            self._release(entry)
+
+    def pin(self, name: str) -> None:
+        """Makes a tenant resident and keeps it so, until unpinned as often."""
+        [slot] = self.resident([name])
+        self._book.pin(slot)
+        self._entry(name).pins += 1
+
+    def unpin(self, name: str) -> None:
+        """Undoes one `pin`.
+
+        Raises:
+            ArenaError: no such tenant, or one that is not pinned.
+        """
+        entry = self._entry(name)
+        if not entry.pins or entry.slot is None:
+            raise ArenaError(f"tenant {name!r} is not pinned")
+        self._book.unpin(entry.slot)
+        entry.pins -= 1
+
+    def is_resident(self, name: str) -> bool:
+        """Whether a tenant has a slot."""
+        return self._entry(name).slot is not None
+
+    def resident(self, names: Iterable[str | None]) -> list[int]:
+        """The slots of some tenants, which are brought to the device where they are not; None, the base, has -1.
+
+        Whatever the current stream gets from now on finds them there.
+
+        Raises:
+            ArenaError: no such tenant.
+            ArenaFullError: they do not fit together, or beside what is pinned or in use.
+        """
+        wanted = [None if name is None else self._entry(name) for name in names]
+        distinct = list({id(entry): entry for entry in wanted if entry is not None}.values())
+        held: list[int] = []
+        try:
+            for entry in sorted(distinct, key=lambda entry: entry.slot is None):
+                slot = self._bring(entry) if entry.slot is None else entry.slot
+                self._book.pin(slot)
+                held.append(slot)
+        finally:
+            for slot in held:
+                self._book.unpin(slot)
+        for entry in distinct:
+            self._publish(entry)
+        return [-1 if entry is None or entry.slot is None else entry.slot for entry in wanted]
+
+    @contextmanager
+    def step(self, names: Sequence[str | None]) -> Iterator[list[int]]:
+        """A step with some tenants: gives their slots, whose bytes stay until the device is done with the step."""
+        self._collect()
+        slots = self.resident(names)
+        number = self._book.begin_step(slots)
+        used = {slot for slot in slots if slot >= 0}
+        for slot in used:  # whoever is added meanwhile must not take the place of a tenant whose kernels are to come
+            self._book.pin(slot)
+        try:
+            yield slots
+        finally:
+            for slot in used:
+                self._book.unpin(slot)
+            if self.buffer.is_cuda:
+                self._open_steps.append((number, torch.cuda.current_stream(self.buffer.device).record_event()))
+            else:
+                self._book.end_step(number)
+
+    def stats(self) -> ArenaStats:
+        """Bytes and slots, free and used."""
+        self._collect()
+        return self._book.stats()
+
+    def acquire_graph(self) -> None:
+        """A captured CUDA graph now holds the arena's addresses."""
+        self._book.acquire_graph()
+
+    def release_graph(self) -> None:
+        """A captured CUDA graph is gone."""
+        self._book.release_graph()
+
+    def tenant_bytes(self, name: str) -> int:
+        """Device bytes that a tenant takes."""
+        return self._bytes(self._entry(name).tenant)
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
+            raise ArenaError(f"no tenant {name!r}; there are {', '.join(sorted(self._entries)) or 'none'}")
+        return self._entries[name]
+
+    def _bytes(self, tenant: Tenant) -> int:
+        return self._book.tenant_bytes([record.shape() for record in tenant.records])
+
+    def _require_room(self, tenant: Tenant) -> None:
+        """Refuses what would not fit into the empty arena, before anybody is evicted for it."""
+        size, whole = self._bytes(tenant), self._book.stats().bytes
+        if size > whole:
+            raise ArenaFullError(f"tenant {tenant.name!r} takes {size} bytes, the arena has {whole}")
+
+    def _bring(self, entry: _Entry) -> int:
+        """Takes a slot, evicting the least recently used tenants that stand in the way, and begins the upload."""
+        shapes = [record.shape() for record in entry.tenant.records]
+        while True:
+            try:
+                slot = self._book.reserve(shapes)
+                break
+            except ArenaFullError as full:
+                self._make_room(entry.tenant.name, full)
+        self._book.commit(slot)
+        try:
+            entry.ready = self._uploader.upload(entry.held, self._book, slot)
+        except BaseException:
+            self._book.evict(slot)
+            raise
+        entry.slot = slot
+        return slot
+
+    def _make_room(self, name: str, full: ArenaFullError) -> None:
+        """Frees something: what steps are done with, or soon will be, or else the least recently used tenant."""
+        if self._collect():
+            return
+        if self._open_steps and self._book.stats().retired_slots:
+            self._open_steps[0][1].synchronize()
+            return
+        try:
+            victim = self._book.least_recent()
+        except ArenaFullError:
+            raise ArenaFullError(f"tenant {name!r} does not fit: {full}; nothing is left to evict") from full
+        self._release(next(entry for entry in self._entries.values() if entry.slot == victim))
+
+    def _release(self, entry: _Entry) -> None:
+        assert entry.slot is not None
+        if entry.ready is not None:  # its bytes must not go to somebody else while they are being written
+            entry.ready.wait()
+        self._book.evict(entry.slot)
+        self.directory[:, entry.slot] = 0
+        entry.slot = entry.ready = None
+
+    def _publish(self, entry: _Entry) -> None:
+        """Writes a new resident's directory rows behind its upload, in the current stream's order."""
+        if entry.slot is None or entry.ready is None:
+            return
+        entry.ready.order()
+        rows = torch.tensor(self._book.directory_rows(entry.slot))
+        self.directory[:, entry.slot].copy_(_pinned(rows, self.directory), non_blocking=True)
+        self.settings.write(entry.slot, entry.tenant)
+        entry.ready = None
+
+    def _collect(self) -> bool:
+        """Ends the steps that the device has finished; whether there was one."""
+        ended = False
+        while self._open_steps and self._open_steps[0][1].query():
+            self._book.end_step(self._open_steps.popleft()[0])
+            ended = True
+        return ended
+
+
+def _aligned_bytes(size: int, device: torch.device) -> torch.Tensor:
+    """uint8 [size] at an address that is a multiple of 256."""
+    whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
+    start = -whole.data_ptr() % ALIGNMENT
+    return whole[start : start + size]
+
+
+def _pinned(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Host values that can be copied to the target's device without waiting."""
+    return values.pin_memory() if target.is_cuda else values

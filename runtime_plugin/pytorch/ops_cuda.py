@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ops on a GPU: libdeltaweave on the current stream, workspaces from PyTorch's allocator."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from deltaweave.runtime_plugin.library import (
+    DTYPES,
+    Batch,
+    Bias,
+    BiasSlice,
+    Embedding,
+    Gemm,
+    Norm,
+    Slice,
+)
+from deltaweave.runtime_plugin.pytorch.native import native_library
+
+__all__ = ["Kernels"]
+
+Tensor = torch.Tensor
+
+
+class Kernels:
+    """One function an op; `ops` checks the arguments and says what they are."""
+
+    @staticmethod
+    def plan(slots: Tensor, slot_count: int, plan: Tensor) -> None:
+        """Groups the tokens by slot."""
+        if len(slots):
+            native_library().plan_tokens(
+                slots.data_ptr(), len(slots), slot_count, plan.data_ptr(), 4 * plan.numel(), stream=_stream(slots)
+            )
+
+    @staticmethod
+    def delta_gemm(
+        arena: Tensor,
+        directory: Tensor,
+        plan: Tensor,
+        x: Tensor,
+        ys: Sequence[Tensor],
+        parameters: Sequence[int],
+        max_rank: int,
+        in_offset: int,
+        out_offsets: Sequence[int],
+    ) -> None:
+        """Both stages, fused over the slices."""
+        if len(x):
+            gemm, workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
+            native_library().delta_gemm(gemm, _stream(workspace))
+
+    @staticmethod
+    def dense_gemm(
+        arena: Tensor, directory: Tensor, plan: Tensor, x: Tensor, y: Tensor, parameter: int, max_rank: int
+    ) -> None:
+        """Low-bit and replaced rows."""
+        if len(x):
+            gemm, workspace = _gemm(arena, directory, plan, x, [y], [parameter], max_rank, 0, [0])
+            native_library().dense_gemm(gemm, _stream(workspace))
+
+    @staticmethod
+    def rms_norm(
+        arena: Tensor,
+        directory: Tensor,
+        slots: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        epsilon: float,
+        parameter: int,
+        y: Tensor,
+    ) -> None:
+        """X and y [tokens, rows, features]."""
+        arguments = Norm(
+            batch=_batch(arena, directory, slots, x),
+            parameter=parameter,
+            rows_per_token=x.shape[1],
+            features=x.shape[2],
+            epsilon=epsilon,
+            x=x.data_ptr(),
+            x_token_stride=x.stride(0),
+            x_row_stride=x.stride(1),
+            y=y.data_ptr(),
+            y_token_stride=y.stride(0),
+            y_row_stride=y.stride(1),
+            weight=weight.data_ptr(),
+        )
+        native_library().rms_norm(arguments, _stream(x))
+
+    @staticmethod
+    def add_bias(
+        arena: Tensor,
+        directory: Tensor,
+        slots: Tensor,
+        ys: Sequence[Tensor],
+        biases: Sequence[Tensor | None],
+        parameters: Sequence[int],
+    ) -> None:
+        """All slices in one launch."""
+        if not len(slots):
+            return
+        arguments = Bias(batch=_batch(arena, directory, slots, ys[0]), slice_count=len(ys))
+        for place, (y, bias, parameter) in enumerate(zip(ys, biases, parameters, strict=True)):
+            address = None if bias is None else bias.data_ptr()
+            arguments.slices[place] = BiasSlice(parameter, y.shape[1], y.data_ptr(), y.stride(0), address)
+        native_library().add_bias(arguments, _stream(slots))
+
+    @staticmethod
+    def embed(
+        arena: Tensor, directory: Tensor, slots: Tensor, ids: Tensor, table: Tensor, parameter: int, y: Tensor
+    ) -> None:
+        """One row a token."""
+        if not len(ids):
+            return
+        arguments = Embedding(
+            batch=_batch(arena, directory, slots, table),
+            parameter=parameter,
+            base_rows=table.shape[0],
+            features=table.shape[1],
+            ids=ids.data_ptr(),
+            table=table.data_ptr(),
+            table_stride=table.stride(0),
+            y=y.data_ptr(),
+            y_stride=y.stride(0),
+        )
+        native_library().embed(arguments, _stream(slots))
+
+
+def _stream(tensor: Tensor) -> int:
+    return int(torch.cuda.current_stream(tensor.device).cuda_stream)
+
+
+def _dtype(tensor: Tensor) -> int:
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
+
+
+def _batch(arena: Tensor, directory: Tensor, slots: Tensor, activation: Tensor) -> Batch:
+    return Batch(
+        arena=arena.data_ptr(),
+        directory=directory.data_ptr(),
+        slots=slots.data_ptr(),
+        parameter_count=directory.shape[0],
+        slot_count=directory.shape[1],
+        token_count=len(slots),
+        dtype=_dtype(activation),
+    )
+
+
+def _gemm(
+    arena: Tensor,
+    directory: Tensor,
+    plan: Tensor,
+    x: Tensor,
+    ys: Sequence[Tensor],
+    parameters: Sequence[int],
+    max_rank: int,
+    in_offset: int,
+    out_offsets: Sequence[int],
+) -> tuple[Gemm, Tensor]:
+    """The arguments, and their workspace: free for others as soon as the stream has passed the launch."""
+    gemm = Gemm(
+        arena=arena.data_ptr(),
+        directory=directory.data_ptr(),
+        parameter_count=directory.shape[0],
+        slot_count=directory.shape[1],
+        max_rank=max_rank,
+        dtype=_dtype(x),
+        token_count=x.shape[0],
+        in_features=x.shape[1],
+        in_offset=in_offset,
+        x=x.data_ptr(),
+        x_stride=x.stride(0),
+        plan=plan.data_ptr(),
+        slice_count=len(ys),
+    )
+    for place, (y, parameter, offset) in enumerate(zip(ys, parameters, out_offsets, strict=True)):
+        gemm.slices[place] = Slice(parameter, y.shape[1], offset, y.data_ptr(), y.stride(0))
+    workspace = torch.empty(native_library().workspace_bytes(gemm), dtype=torch.uint8, device=x.device)
+    gemm.workspace, gemm.workspace_bytes = workspace.data_ptr(), workspace.numel()
+    return gemm, workspace
