@@ -68,6 +68,8 @@ dw_status check_norm(const dw_norm& args) {
   DW_RETURN_IF_ERROR(check_index(args.batch, args.parameter));
   DW_RETURN_IF_ERROR(check_range("features", args.features, 1, DW_MAX_IN_FEATURES));
   DW_RETURN_IF_ERROR(check_range("rows_per_token", args.rows_per_token, 1, DW_MAX_IN_FEATURES));
+  const int64_t rows = static_cast<int64_t>(args.batch.token_count) * args.rows_per_token;
+  DW_RETURN_IF_ERROR(check_range("rows of all tokens", rows, 1, INT32_MAX));
   if (!(args.epsilon >= 0.f)) {
     return fail(DW_ERROR_ARGUMENT, "epsilon ", args.epsilon, ", expected at least 0");
   }
