@@ -13,19 +13,27 @@ dw_status check_launch(cudaError_t error, const char* what) {
   return fail(DW_ERROR_CUDA, what, ": ", cudaGetErrorString(error));
 }
 
-int multiprocessors() {
-  int device = 0, count = 0;
+namespace {
+
+int attribute(cudaDeviceAttr which) {
+  int device = 0, value = 0;
   cudaGetDevice(&device);
-  cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
-  return count > 0 ? count : 1;
+  cudaDeviceGetAttribute(&value, which, device);
+  return value > 0 ? value : 1;
 }
+
+}  // namespace
+
+int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
+int compute_major() { return attribute(cudaDevAttrComputeCapabilityMajor); }
+int shared_bytes_a_block() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 namespace {
 
 // Stage 1 reads whole groups of 128 features, 16 bytes at a time: rows that are so need no copy.
 bool readable_in_place(const dw_gemm& args) {
-  return args.dtype == DW_FLOAT16 && reinterpret_cast<uintptr_t>(args.x) % 16 == 0 &&
-         args.x_stride % 8 == 0 && args.in_features % kGroup == 0 && args.in_offset == 0;
+  return reinterpret_cast<uintptr_t>(args.x) % 16 == 0 && args.x_stride % 8 == 0 &&
+         args.in_features % kGroup == 0 && args.in_offset == 0;
 }
 
 Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
@@ -36,19 +44,27 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
   gemm.slot_count = args.slot_count;
   gemm.token_count = args.token_count;
   gemm.in_groups = cut.padded_in / kGroup;
-  gemm.x = in_place ? static_cast<const __half*>(args.x)
-                    : reinterpret_cast<const __half*>(workspace + cut.x);
+  gemm.tiles = cut.tiles;
+  gemm.tile_groups = cut.tile_groups;
+  gemm.x = in_place ? args.x : workspace + cut.x;
+  gemm.x_dtype = in_place ? args.dtype : DW_FLOAT16;
+  gemm.y_dtype = args.dtype;
   gemm.x_stride = in_place ? args.x_stride : cut.padded_in;
   gemm.x_scale = in_place ? nullptr : reinterpret_cast<const float*>(workspace + cut.x_scale);
   gemm.plan = static_cast<const int*>(args.plan);
+  gemm.chunk_tokens = resolve_chunk(args.chunk_tokens, args.token_count);
   gemm.h = reinterpret_cast<float*>(workspace + cut.h);
-  gemm.h_max = reinterpret_cast<float*>(workspace + cut.h_max);
   gemm.ranks = cut.ranks;
   gemm.blocks = cut.blocks;
+  gemm.image = workspace + cut.x;
+  gemm.image_scale = reinterpret_cast<float*>(workspace + cut.x_scale);
+  gemm.h_image = workspace + cut.h_image;
+  gemm.h_scale = reinterpret_cast<float*>(workspace + cut.h_scale);
+  gemm.image_rows = cut.image_rows;
   gemm.slice_count = args.slice_count;
   for (int s = 0; s < args.slice_count; ++s) {
     const dw_slice& slice = args.slices[s];
-    gemm.slices[s] = {slice.projection, slice.out_features,
+    gemm.slices[s] = {slice.parameter, slice.out_features,
                       slice.out_offset, group_count(slice.out_features, slice.out_offset),
                       slice.y,          slice.y_stride};
   }
@@ -82,22 +98,34 @@ dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32_t slot
       "dw_plan_tokens");
 }
 
+namespace dw {
+namespace {
+
+dw_status run_decode(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+  const bool in_place = readable_in_place(args);
+  const Gemm gemm = describe(args, cut, in_place);
+  if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
+  DW_RETURN_IF_ERROR(check_launch(launch_shrink(gemm, stream), "shrink"));
+  return check_launch(launch_expand(gemm, stream), "expand");
+}
+
+dw_status run_prefill(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+  const Gemm gemm = describe(args, cut, false);
+  DW_RETURN_IF_ERROR(check_launch(prefill::launch_x_image(args, gemm, stream), "image of x"));
+  DW_RETURN_IF_ERROR(check_launch(prefill::launch_shrink(gemm, stream), "prefill shrink"));
+  DW_RETURN_IF_ERROR(check_launch(prefill::launch_h_image(gemm, stream), "image of h"));
+  return check_launch(prefill::launch_expand(gemm, stream), "prefill expand");
+}
+
+}  // namespace
+}  // namespace dw
+
 dw_status dw_delta_gemm(const dw_gemm* args, void* stream_pointer) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
   DW_RETURN_IF_ERROR(dw::check_sizes(*args));
   DW_RETURN_IF_ERROR(dw::check_pointers(*args));
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   const dw::Workspace cut = dw::cut_workspace(*args);
-  const bool in_place = dw::readable_in_place(*args);
-  const dw::Gemm gemm = dw::describe(*args, cut, in_place);
-  const int chunk = dw::resolve_chunk(args->chunk_tokens, args->token_count);
-  if (!in_place) {
-    DW_RETURN_IF_ERROR(
-        dw::check_launch(dw::launch_prepare(*args, cut.padded_in, const_cast<__half*>(gemm.x),
-                                            const_cast<float*>(gemm.x_scale), stream),
-                         "prepare"));
-  }
-  DW_RETURN_IF_ERROR(dw::check_launch(dw::launch_shrink(gemm, chunk, stream), "shrink"));
-  return dw::check_launch(
-      dw::launch_expand(gemm, chunk, static_cast<dw_dtype>(args->dtype), stream), "expand");
+  return cut.image_rows > 0 ? dw::run_prefill(*args, cut, stream)
+                            : dw::run_decode(*args, cut, stream);
 }

@@ -143,13 +143,14 @@ __device__ __forceinline__ void fragment(uint32_t (&a)[4], const uint32_t (&word
   for (int r = 0; r < 4; ++r) a[r] = unpack<kBits, kLevels>(words, 4 * f + r, levels);
 }
 
-// A power of two that brings `largest` into [2^13, 2^14): products of fp16 operands then neither
+// A power of two that brings `largest` into [2^kTop, 2^(kTop + 1)): fp16 operands then neither
 // overflow nor lose bits that matter. 1 for zeros, infinities and NaN, and for magnitudes no finite
 // fp16 model has.
+template <int kTop>
 __device__ __forceinline__ float normalizer(float largest) {
   const int exponent = static_cast<int>(__float_as_uint(largest) >> 23 & 255) - 127;
   if (exponent < -100 || exponent > 100) return 1.f;
-  return __uint_as_float(static_cast<uint32_t>(13 - exponent + 127) << 23);
+  return __uint_as_float(static_cast<uint32_t>(kTop - exponent + 127) << 23);
 }
 
 // The shapes of all bands of a directory row, zeros behind the last (rank 0: no blocks), loaded

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "gemm_args.h"
 
+#include <algorithm>
 #include <cstdint>
 
 #include "checks.h"
@@ -13,8 +14,11 @@ int resolve_chunk(int chunk_tokens, int token_count) {
 }
 
 dw_status check_chunk(int chunk_tokens) {
-  if (chunk_tokens == 0 || chunk_tokens == 8 || chunk_tokens == 32) return DW_OK;
-  return fail(DW_ERROR_ARGUMENT, "chunk_tokens ", chunk_tokens, ", expected 0, 8 or 32");
+  if (chunk_tokens == 0 || chunk_tokens == kDecodeTokens || chunk_tokens == kPrefillTokens) {
+    return DW_OK;
+  }
+  return fail(DW_ERROR_ARGUMENT, "chunk_tokens ", chunk_tokens, ", expected 0, ", kDecodeTokens,
+              " or ", kPrefillTokens);
 }
 
 dw_status check_sizes(const dw_gemm& args) {
@@ -62,11 +66,30 @@ dw_status check_pointers(const dw_gemm& args) {
   return DW_OK;
 }
 
+namespace {
+
+// Prefill cuts in_features where there are too few tiles of 256 ranks x 128 tokens to fill a GPU
+// evenly, but not so far that the parts' sums become traffic. By sizes alone: no tenant's choice of
+// ranks changes the order of a sum.
+int prefill_parts(const dw_gemm& args) {
+  const int tiles =
+      args.slice_count * ceil_div(args.max_rank, 256) * ceil_div(args.token_count, kPrefillTokens);
+  const int by_traffic = 12288 / (args.token_count * args.slice_count);
+  return std::max(1, std::min({6, ceil_div(512, tiles), by_traffic}));
+}
+
+}  // namespace
+
 Workspace cut_workspace(const dw_gemm& args) {
   Workspace cut = {};
-  cut.padded_in = group_count(args.in_features, args.in_offset) * kGroup;
+  const bool prefill = resolve_chunk(args.chunk_tokens, args.token_count) == kPrefillTokens;
+  const int groups = group_count(args.in_features, args.in_offset);
+  cut.padded_in = groups * kGroup;
   cut.ranks = intermediate_ranks(args.max_rank);
   cut.blocks = intermediate_blocks(args.max_rank);
+  cut.tile_groups = prefill ? ceil_div(groups, prefill_parts(args)) : tile_groups(groups);
+  cut.tiles = ceil_div(groups, cut.tile_groups);
+  cut.image_rows = prefill ? most_image_rows(args.token_count, args.slot_count) : 0;
   const size_t tokens = args.token_count;
   const size_t rows = tokens * args.slice_count;
   const auto advance = [&cut](size_t bytes) {
@@ -74,9 +97,11 @@ Workspace cut_workspace(const dw_gemm& args) {
     cut.bytes += round_up(bytes, DW_ALIGNMENT);
     return start;
   };
-  cut.x = advance(tokens * cut.padded_in * 2);
+  cut.x = advance((prefill ? cut.image_rows : tokens) * cut.padded_in * 2);
   cut.x_scale = advance(tokens * sizeof(float));
-  cut.h = advance(tile_count(cut.padded_in / kGroup) * rows * cut.ranks * sizeof(float));
+  cut.h = advance(cut.tiles * rows * cut.ranks * sizeof(float));
+  cut.h_image = advance(args.slice_count * cut.image_rows * cut.ranks * 2);
+  cut.h_scale = advance(prefill ? rows * sizeof(float) : 0);
   return cut;
 }
 

@@ -9,13 +9,18 @@
 
 namespace dw {
 
-// Byte offsets of the workspace's parts.
+// Byte offsets of the workspace's parts, and the sizes that follow from a call's arguments.
 struct Workspace {
-  size_t x;        // half [tokens, padded_in]: x behind in_offset zeros, scaled by a power of two
+  size_t x;        // half [tokens, padded_in]: x behind in_offset zeros, scaled by a power of two;
+                   // in prefill [image_rows, padded_in], as images
   size_t x_scale;  // float [tokens]: what undoes that scale
   size_t h;        // float [tiles, slices, tokens, ranks]: sigma * (V^ x), tokens in the plan's order
+  size_t h_image;  // prefill: half [slices, image_rows, ranks]
+  size_t h_scale;  // prefill: float [slices, tokens]
   size_t bytes;
   int padded_in, ranks, blocks;
+  int tiles, tile_groups;  // how the groups of in_features are cut in stage 1
+  int64_t image_rows;      // 0 in decode
 };
 
 int resolve_chunk(int chunk_tokens, int token_count);

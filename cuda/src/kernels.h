@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "deltaweave.h"
+#include "gemm_args.h"
 
 namespace dw {
 
@@ -24,26 +25,41 @@ struct Gemm {
   const int64_t* directory;
   int slot_count;
   int token_count, in_groups;
-  const __half* x;  // [tokens, 128 * in_groups]
+  int tiles, tile_groups;  // how in_groups are cut (layout.h)
+  const void* x;  // [tokens, 128 * in_groups]
   int64_t x_stride;
-  const float* x_scale;  // undoes x's power of two; null for 1
+  int x_dtype, y_dtype;  // dw_dtype
+  const float* x_scale;  // undoes x's power of two, [tokens]; null for 1
   const int* plan;
-  float* h;
-  float* h_max;
-  int ranks, blocks;  // of h and h_max
+  int chunk_tokens;
+  float* h;           // [tiles, slices, tokens, ranks]
+  int ranks, blocks;  // of h: its pitch, and the most blocks of ranks
+  // Prefill (prefill.cuh): x as an image with what undoes its scale, [tokens in plan order]; h as
+  // one a slice, `image_rows` rows each, with what undoes its scale, [slices, tokens].
+  unsigned char *image, *h_image;
+  float *image_scale, *h_scale;
+  int64_t image_rows;
   int slice_count;
   Slice slices[DW_MAX_SLICES];
 };
 
 dw_status check_launch(cudaError_t error, const char* what);
 int multiprocessors();
+int compute_major();
+int shared_bytes_a_block();
 
 cudaError_t launch_plan(const int32_t* slots, int tokens, int slot_count, int chunk, int* plan,
                         cudaStream_t stream);
-cudaError_t launch_prepare(const dw_gemm& args, int padded_in, __half* x, float* x_scale,
-                           cudaStream_t stream);
-cudaError_t launch_shrink(const Gemm& gemm, int chunk, cudaStream_t stream);
-cudaError_t launch_expand(const Gemm& gemm, int chunk, dw_dtype dtype, cudaStream_t stream);
+cudaError_t launch_prepare(const dw_gemm& args, const Workspace& cut, cudaStream_t stream);
+cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
+
+namespace prefill {
+cudaError_t launch_x_image(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_h_image(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
+}  // namespace prefill
 
 }  // namespace dw
 

@@ -88,22 +88,36 @@ DW_HD int band_bits(int64_t shape) { return static_cast<int>(shape & 0xff); }
 DW_HD int band_grid(int64_t shape) { return static_cast<int>(shape >> 8 & 0xff); }
 DW_HD int band_rank(int64_t shape) { return static_cast<int>(shape >> 16); }
 
-// The plan, int32: header, then the tokens sorted by slot, then one (slot, first, count, 0) a
-// chunk.
+// The plan, int32: header; the tokens sorted by slot; the chunk of each of these; one (slot, first,
+// count, first row of its image) a chunk.
 constexpr int kPlanHeader = 8;
 constexpr int kPlanChunks = 0;
 constexpr int kPlanInvalid = 1;
+constexpr int kPlanChunkTokens = 2;
+constexpr int kPlanPlaced = 3;  // tokens that have a slot
 DW_HD int plan_order(int) { return kPlanHeader; }
-DW_HD int plan_chunks(int tokens) { return kPlanHeader + static_cast<int>(round_up(tokens, 4)); }
+DW_HD int plan_chunk_at(int tokens) { return kPlanHeader + static_cast<int>(round_up(tokens, 4)); }
+DW_HD int plan_chunks(int tokens) { return kPlanHeader + 2 * static_cast<int>(round_up(tokens, 4)); }
 
-// The default of chunk_tokens, by launch bucket.
-DW_HD int default_chunk(int tokens) { return tokens <= 256 ? 8 : 32; }
+// Tokens of a chunk: what the decode kernels hold in registers, and a tile of the prefill kernels.
+constexpr int kDecodeTokens = 8;
+constexpr int kPrefillTokens = 128;
+// The default by launch bucket.
+DW_HD int default_chunk(int tokens) { return tokens <= 256 ? kDecodeTokens : kPrefillTokens; }
 
-// Stage 1 cuts a row of in_features into tiles of at most kTileGroups groups, all of one size but the
-// last.
+// Rows of a chunk in an image (prefill.cuh), and the most of all chunks of a step.
+DW_HD int image_rows(int tokens) { return ceil_div(tokens, 8) * 8; }
+DW_HD int64_t most_image_rows(int tokens, int slots) {
+  const int full = tokens / kPrefillTokens, chunks = (tokens < slots ? tokens : slots) + full;
+  return tokens + 7 * static_cast<int64_t>(chunks < tokens ? chunks : tokens);
+}
+
+// In decode stage 1 cuts a row of in_features into tiles of at most kTileGroups groups, all of one
+// size but the last.
 constexpr int kTileGroups = 32;
-DW_HD int tile_count(int in_groups) { return ceil_div(in_groups, kTileGroups); }
-DW_HD int tile_groups(int in_groups) { return ceil_div(in_groups, tile_count(in_groups)); }
+DW_HD int tile_groups(int in_groups) {
+  return ceil_div(in_groups, ceil_div(in_groups, kTileGroups));
+}
 
 // Ranks of the workspace's intermediate, whatever bands a tenant has.
 DW_HD int intermediate_ranks(int max_rank) { return padded_rank(max_rank) + 16 * DW_MAX_BANDS; }

@@ -3,7 +3,7 @@
 //
 //   slots  int32 [tokens], -1 for the bare base       plan  layout.h: header, order, chunks
 //
-// order lists the tokens of slots >= 0, stably sorted by slot; a chunk is at most `chunk`
+// order lists the tokens of slots >= 0, stably sorted by slot; a chunk is at most `chunk` (8 or 128)
 // consecutive ones of a slot. One block of 1024 threads counts, for every token, who comes before
 // it: tokens^2 comparisons in shared memory, a few microseconds in decode and 0.2 ms at 2048
 // tokens, once a step. No sorting network, no scan, no host.
@@ -19,15 +19,16 @@ constexpr int kPlanTokens = DW_MAX_TOKENS / kPlanThreads;  // a thread
 __global__ void __launch_bounds__(kPlanThreads)
     plan_kernel(const int32_t* slots, int tokens, int slot_count, int chunk, int* plan) {
   __shared__ int slot_of[DW_MAX_TOKENS];
-  __shared__ unsigned char starts[DW_MAX_TOKENS];
-  __shared__ int chunks, invalid;
-  if (threadIdx.x == 0) chunks = invalid = 0;
+  __shared__ unsigned char starts[DW_MAX_TOKENS], rows[DW_MAX_TOKENS];  // rows: of an image
+  __shared__ int chunks, invalid, placed;
+  if (threadIdx.x == 0) chunks = invalid = placed = 0;
   __syncthreads();
   for (int t = threadIdx.x; t < tokens; t += kPlanThreads) {
     const int slot = slots[t];
     const bool known = slot >= -1 && slot < slot_count;
     if (!known) atomicAdd(&invalid, 1);
     slot_of[t] = known ? slot : -1;
+    if (known && slot >= 0) atomicAdd(&placed, 1);
   }
   __syncthreads();
 
@@ -45,6 +46,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     }
     position[i] += place[i];
     starts[t] = slot >= 0 && place[i] % chunk == 0;
+    rows[t] = static_cast<unsigned char>(image_rows(min(chunk, members[i] - place[i])));
     if (slot >= 0) plan[plan_order(tokens) + position[i]] = t;
   }
   __syncthreads();
@@ -52,19 +54,27 @@ __global__ void __launch_bounds__(kPlanThreads)
   int4* table = reinterpret_cast<int4*>(plan + plan_chunks(tokens));
   for (int i = 0; i < kPlanTokens; ++i) {
     const int t = threadIdx.x + i * kPlanThreads;
-    if (t >= tokens || !starts[t]) continue;
+    if (t >= tokens || slot_of[t] < 0) continue;
     const int slot = slot_of[t];
-    int index = 0;
+    int index = 0, row = 0;
     for (int u = 0; u < tokens; ++u) {
-      index += starts[u] && (slot_of[u] < slot || (slot_of[u] == slot && u < t));
+      if (!starts[u] || slot_of[u] > slot || (slot_of[u] == slot && u >= t)) continue;
+      ++index;
+      row += rows[u];
     }
-    table[index] = make_int4(slot, position[i], min(chunk, members[i] - place[i]), 0);
+    const bool first = starts[t];
+    if (!first) --index;  // its own chunk's start came before it
+    plan[plan_chunk_at(tokens) + position[i]] = index;
+    if (!first) continue;
+    table[index] = make_int4(slot, position[i], min(chunk, members[i] - place[i]), row);
     atomicAdd(&chunks, 1);
   }
   __syncthreads();
   if (threadIdx.x == 0) {
     plan[kPlanChunks] = chunks;
     plan[kPlanInvalid] = invalid;
+    plan[kPlanChunkTokens] = chunk;
+    plan[kPlanPlaced] = placed;
   }
 }
 

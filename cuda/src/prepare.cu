@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Activations for the first product: fp16 rows in whole groups of 128, for inputs that are not so
-// already (bf16, rows not aligned to 16 bytes, features that end within a group).
+// Activations for the first product: fp16 rows in whole groups of 128, for inputs that stage 1
+// cannot read where they are (rows not aligned to 16 bytes, features that end within a group).
 //
 //   x  [tokens, in_features] fp16 or bf16  ->  [tokens, padded_in] fp16, zeros in front of
 //   in_offset and at the end x_scale  float [tokens]: bf16 rows are multiplied by a power of two
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int k = threadIdx.x; k < features; k += kThreads) {
       largest = fmaxf(largest, fabsf(to_float(row[k])));
     }
-    scale = normalizer(block_max(largest));
+    scale = normalizer<13>(block_max(largest));
   }
   if (threadIdx.x == 0) x_scale[blockIdx.x] = 1.f / scale;
   __half* to = out + static_cast<int64_t>(blockIdx.x) * padded;
@@ -54,11 +54,13 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-cudaError_t launch_prepare(const dw_gemm& args, int padded_in, __half* x, float* x_scale,
-                           cudaStream_t stream) {
+cudaError_t launch_prepare(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+  unsigned char* workspace = static_cast<unsigned char*>(args.workspace);
+  __half* x = reinterpret_cast<__half*>(workspace + cut.x);
+  float* x_scale = reinterpret_cast<float*>(workspace + cut.x_scale);
   const auto launch = [&](auto* typed) {
     prepare_kernel<<<args.token_count, kThreads, 0, stream>>>(
-        typed, args.x_stride, args.in_features, args.in_offset, padded_in, x, x_scale);
+        typed, args.x_stride, args.in_features, args.in_offset, cut.padded_in, x, x_scale);
   };
   if (args.dtype == DW_BFLOAT16) {
     launch(static_cast<const __nv_bfloat16*>(args.x));

@@ -124,6 +124,7 @@ CASES = {
     "many tokens of one": Case(tokens=40, tenants=1, slots=[0] * 40),
     "prefill": Case(tokens=300, tenants=3),
     "prefill odd": Case(tokens=257, in_features=331, outs=(77,), tenants=2),
+    "prefill of several tiles": Case(tokens=700, tenants=2, in_features=1280, outs=(512, 384), bands=PRESET),
     "strided x": Case(tokens=4, x_gap=8),
     "misaligned x": Case(tokens=4, x_gap=3),
     "eight bands": Case(
@@ -142,11 +143,12 @@ CASES = {
 CASES |= {f"{bits} bits codebook": Case(bands=(RandomBand(bits, 21, "codebook"),)) for bits in (1, 2, 3, 4, 8)}
 
 
+@pytest.mark.parametrize("chunk", [8, 128], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_matches_float64(gpu_library, name, dtype):
+def test_matches_float64(gpu_library, name, dtype, chunk):
     case = CASES[name]
-    check(gpu_library, Case(**{**vars(case), "dtype": dtype}))
+    check(gpu_library, Case(**{**vars(case), "dtype": dtype, "chunk": chunk}))
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -162,7 +164,7 @@ def test_random_shapes_match_float64(gpu_library, seed):
         outs=tuple(int(out) for out in rng.integers(1, 700, rng.integers(1, 4))),
         bands=bands,
         dtype=str(rng.choice(["float16", "bfloat16"])),
-        chunk=int(rng.choice([0, 8, 32])),
+        chunk=int(rng.choice([0, 8, 128])),
         seed=seed,
     )
     check(gpu_library, case)
@@ -176,18 +178,12 @@ def test_runs_are_bit_identical(gpu_library):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_bits_do_not_depend_on_chunks(gpu_library):
-    import torch
-
-    setup = Setup(gpu_library, Case(tokens=40, tenants=2))
-    assert torch.equal(setup.run(chunk=8)[0], setup.run(chunk=32)[0])
-
-
-def test_neighbours_leave_bits_alone(gpu_library):
+@pytest.mark.parametrize("chunk", [8, 128], ids=["decode", "prefill"])
+def test_neighbours_leave_bits_alone(gpu_library, chunk):
     """Tokens of tenant 0 keep their bits when the others change tenant, and when a neighbour is swapped."""
     import torch
 
-    setup = Setup(gpu_library, Case(tokens=12, tenants=3, slots=[0, 1, 0, 2, -1, 0, 1, 1, 2, 0, 0, -1]))
+    setup = Setup(gpu_library, Case(tokens=12, tenants=3, slots=[0, 1, 0, 2, -1, 0, 1, 1, 2, 0, 0, -1], chunk=chunk))
     mine = torch.tensor(setup.slots.tolist()) == 0
     before = setup.run()[0][mine]
     moved = torch.where(mine, 0, torch.tensor([2, 2, -1, 1, 1, 0, -1, 2, 2, 1, 1, 1])).int()

@@ -1,0 +1,166 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of a step find in the plan, the directory and the workspace.
+#ifndef DELTAWEAVE_SRC_STEP_CUH_
+#define DELTAWEAVE_SRC_STEP_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <type_traits>
+
+#include "kernels.h"
+#include "layout.h"
+
+namespace dw {
+
+// Chunks of a plan that was made for this launch; none of another.
+__device__ __forceinline__ int chunk_count(const Gemm& gemm) {
+  return gemm.plan[kPlanChunkTokens] == gemm.chunk_tokens ? gemm.plan[kPlanChunks] : 0;
+}
+
+// (slot, first token in plan order, count, first row of its image) of a chunk.
+__device__ __forceinline__ int4 chunk_of(const Gemm& gemm, int chunk) {
+  return reinterpret_cast<const int4*>(gemm.plan + plan_chunks(gemm.token_count))[chunk];
+}
+
+// The row of x and y of the token at a place of the plan's order.
+__device__ __forceinline__ int token_at(const Gemm& gemm, int order) {
+  return gemm.plan[plan_order(gemm.token_count) + order];
+}
+
+// How many tokens have a slot, and the chunk of the token at a place of the plan's order.
+__device__ __forceinline__ int placed_tokens(const Gemm& gemm) {
+  return chunk_count(gemm) > 0 ? gemm.plan[kPlanPlaced] : 0;
+}
+__device__ __forceinline__ int chunk_at(const Gemm& gemm, int order) {
+  return gemm.plan[plan_chunk_at(gemm.token_count) + order];
+}
+
+__device__ __forceinline__ const int64_t* directory_row(const Gemm& gemm, int projection, int slot) {
+  const int64_t row = static_cast<int64_t>(projection) * gemm.slot_count + slot;
+  return gemm.directory + row * DW_DIRECTORY_FIELDS;
+}
+
+// The directory's row of a (chunk, slice).
+__device__ __forceinline__ const int64_t* row_of(const Gemm& gemm, int pair) {
+  const int slot = chunk_of(gemm, pair / gemm.slice_count).x;
+  return directory_row(gemm, gemm.slices[pair % gemm.slice_count].projection, slot);
+}
+
+__device__ __forceinline__ bool is_factored(const int64_t* row) {
+  return row[DW_FIELD_KIND] == DW_FACTORED + 1;
+}
+
+// h of a tile, slice and token.
+__device__ __forceinline__ float* h_row(const Gemm& gemm, int tile, int slice, int order) {
+  const int64_t rows = static_cast<int64_t>(tile * gemm.slice_count + slice) * gemm.token_count;
+  return gemm.h + (rows + order) * gemm.ranks;
+}
+
+// The image of a chunk's h (prefill.cuh).
+__device__ __forceinline__ unsigned char* h_image(const Gemm& gemm, int slice, int4 chunk) {
+  return gemm.h_image + (slice * gemm.image_rows + chunk.w) * gemm.ranks * 2;
+}
+
+// Four ranks of h, the tiles' sum.
+__device__ __forceinline__ float4 h_quad(const Gemm& gemm, int slice, int order, int quad) {
+  const int64_t stride = static_cast<int64_t>(gemm.slice_count) * gemm.token_count * gemm.ranks;
+  const float* from = h_row(gemm, 0, slice, order) + 4 * quad;
+  float4 sum = __ldcg(reinterpret_cast<const float4*>(from));
+  for (int tile = 1; tile < gemm.tiles; ++tile) {
+    const float4 more = __ldcg(reinterpret_cast<const float4*>(from + tile * stride));
+    sum.x += more.x;
+    sum.y += more.y;
+    sum.z += more.z;
+    sum.w += more.w;
+  }
+  return sum;
+}
+__device__ __forceinline__ float largest_of(float4 v) {
+  return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
+}
+
+// The most blocks of ranks of any (chunk, slice); all threads of a block call it.
+__device__ __forceinline__ int most_blocks(const Gemm& gemm, int* shared_most) {
+  if (threadIdx.x == 0) *shared_most = 0;
+  __syncthreads();
+  const int pairs = chunk_count(gemm) * gemm.slice_count;
+  int own = 0;
+  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
+    const int64_t* row = row_of(gemm, pair);
+    if (is_factored(row)) own = max(own, static_cast<int>(row[DW_FIELD_ROW_BLOCKS]));
+  }
+  own = __reduce_max_sync(0xffffffffu, own);
+  if (threadIdx.x % 32 == 0) atomicMax(shared_most, own);
+  __syncthreads();
+  return *shared_most;
+}
+
+template <typename T>
+__device__ __forceinline__ T add(T value, float delta);
+template <>
+__device__ __forceinline__ __half add(__half value, float delta) {
+  return __float2half_rn(__half2float(value) + delta);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 add(__nv_bfloat16 value, float delta) {
+  return __float2bfloat16_rn(__bfloat162float(value) + delta);
+}
+
+// Four neighbouring outputs of a token, those within [0, features); reads them when constructed.
+template <typename T>
+struct Outputs {
+  T* row;
+  int n, features;
+  uint2 raw = {};
+
+  __device__ __forceinline__ Outputs(T* row, int n, int features)
+      : row(row), n(n), features(features) {
+    if (whole()) raw = __ldcg(reinterpret_cast<const uint2*>(row + n));
+  }
+
+  __device__ __forceinline__ bool whole() const {
+    return n >= 0 && n + 4 <= features && reinterpret_cast<uintptr_t>(row + n) % 8 == 0;
+  }
+
+  __device__ __forceinline__ void add_all(const float (&delta)[4]) {
+    if (whole()) {
+      T* values = reinterpret_cast<T*>(&raw);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) values[i] = add(values[i], delta[i]);
+      *reinterpret_cast<uint2*>(row + n) = raw;
+      return;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (n + i >= 0 && n + i < features) row[n + i] = add(row[n + i], delta[i]);
+    }
+  }
+};
+
+// Launches a kernel that may begin before its predecessor has ended (ring.cuh, after_previous).
+template <typename... Parameters>
+cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads,
+                             int shared_bytes, cudaStream_t stream,
+                             const std::type_identity_t<Parameters>&... arguments) {
+  cudaError_t error =
+      cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = compute_major() >= 9 ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
+}  // namespace dw
+
+#endif  // DELTAWEAVE_SRC_STEP_CUH_
