@@ -13,21 +13,25 @@ if TYPE_CHECKING:
     from deltaweave.evaluation import compare
     from deltaweave.formats import Delta, DeltaweaveError
     from deltaweave.generation import generate
-    from deltaweave.runtime_plugin.pytorch import attach
+    from deltaweave.runtime_plugin.pytorch import Arena, attach
+    from deltaweave.serving import Prompt, generate_batch
 
 __version__ = version("deltaweave")
 
 __all__ = [
+    "Arena",
     "CompressionOptions",
     "Delta",
     "DeltaweaveError",
     "Policies",
+    "Prompt",
     "Recipe",
     "apply",
     "attach",
     "compare",
     "compress",
     "generate",
+    "generate_batch",
     "verify",
 ]
 
@@ -36,7 +40,8 @@ _HOMES = {
     "evaluation": ("compare",),
     "formats": ("Delta", "DeltaweaveError"),
     "generation": ("generate",),
-    "runtime_plugin.pytorch": ("attach",),
+    "runtime_plugin.pytorch": ("Arena", "attach"),
+    "serving": ("Prompt", "generate_batch"),
 }
 
 

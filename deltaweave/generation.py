@@ -15,14 +15,15 @@ from deltaweave.formats import Delta, DeltaweaveError
 from deltaweave.models import load_checkpoint, load_tokenizer, side_files
 from deltaweave.runtime_plugin.pytorch import attach
 
-__all__ = ["generate"]
+__all__ = ["PieceStreamer", "encode_prompt", "generate"]
 
 
-class _Streamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
+class PieceStreamer(TextStreamer):  # type: ignore[misc]  # transformers has no types
     """Hands every finished piece of text to a function."""
 
-    def __init__(self, tokenizer: Any, write: Callable[[str], None]) -> None:
-        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+    def __init__(self, tokenizer: Any, write: Callable[[str], None], *, skip_prompt: bool = True) -> None:
+        """`skip_prompt`: the first tokens that come are the prompt's, and no text."""
+        super().__init__(tokenizer, skip_prompt=skip_prompt, skip_special_tokens=True)
         self._write = write
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -69,7 +70,7 @@ def generate(
         require_base(checkpoint, opened, accept=accept_base)
         tokenizer = load_tokenizer(folder)
         model = load_checkpoint(base, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        tokens = _encode(tokenizer, prompt, chat).to(model.device)
+        tokens = torch.tensor([encode_prompt(tokenizer, prompt, chat)], device=model.device)
         torch.manual_seed(seed)
         pieces: list[str] = []
 
@@ -82,7 +83,7 @@ def generate(
             model.generate(
                 tokens,
                 attention_mask=torch.ones_like(tokens),
-                streamer=_Streamer(tokenizer, collect),
+                streamer=PieceStreamer(tokenizer, collect),
                 **_settings(model.generation_config, tokenizer, max_new_tokens, temperature),
             )
     return "".join(pieces)
@@ -98,8 +99,12 @@ def _settings(own: GenerationConfig, tokenizer: Any, max_new_tokens: int, temper
     return settings
 
 
-def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
-    """The prompt's tokens, [1, tokens]."""
+def encode_prompt(tokenizer: Any, prompt: str, chat: bool) -> list[int]:
+    """The prompt's tokens, wrapped in the chat template if asked for.
+
+    Raises:
+        DeltaweaveError: no chat template, or a prompt without tokens.
+    """
     if chat and not tokenizer.chat_template:
         raise DeltaweaveError("the fine-tune's tokenizer has no chat template; leave out --chat")
     if chat:
@@ -110,4 +115,4 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> torch.Tensor:
         ids = tokenizer(prompt)["input_ids"]
     if not ids:
         raise DeltaweaveError(f"--prompt {prompt!r}: the prompt holds no tokens")
-    return torch.tensor([ids])
+    return list(ids)

@@ -3,10 +3,12 @@
 
 from deltaweave.runtime_plugin.pytorch.arena import Arena, ArenaError
 from deltaweave.runtime_plugin.pytorch.attach import attach
+from deltaweave.runtime_plugin.pytorch.decode import Completion, Decoder, Request
 from deltaweave.runtime_plugin.pytorch.fit import AttachError
 from deltaweave.runtime_plugin.pytorch.ops import OpError
 from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta, PackedRows
 from deltaweave.runtime_plugin.pytorch.reference import delta_linear, delta_rows, dense_linear
+from deltaweave.runtime_plugin.pytorch.sampling import Sampling
 from deltaweave.runtime_plugin.pytorch.serve import ServingAttachment
 from deltaweave.runtime_plugin.pytorch.swaps import Attachment
 from deltaweave.runtime_plugin.pytorch.tenant import Tenant
@@ -16,10 +18,14 @@ __all__ = [
     "ArenaError",
     "AttachError",
     "Attachment",
+    "Completion",
+    "Decoder",
     "DenseDelta",
     "FactoredDelta",
     "OpError",
     "PackedRows",
+    "Request",
+    "Sampling",
     "ServingAttachment",
     "Tenant",
     "attach",

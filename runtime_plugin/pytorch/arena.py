@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from deltaweave.formats import Delta, DeltaweaveError
 from deltaweave.runtime_plugin import library
-from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats
+from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, LibraryError
+from deltaweave.runtime_plugin.pytorch.fit import AttachError
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.tenant import EMBEDDING, ParameterTable, Tenant, load_tenant
+from deltaweave.runtime_plugin.pytorch.tenant import EMBEDDING, ParameterTable, ServedRecord, Tenant, load_tenant
 from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader, HostUploader, Ready, Uploader
 from torch import nn
 
@@ -303,9 +304,18 @@ class Arena:
 
     def _require_room(self, tenant: Tenant) -> None:
         """Refuses what would not fit into the empty arena, before anybody is evicted for it."""
+        for record in tenant.records:
+            if record.content is not None:
+                self._require_servable(tenant, record)
         size, whole = self._bytes(tenant), self._book.stats().bytes
         if size > whole:
             raise ArenaFullError(f"tenant {tenant.name!r} takes {size} bytes, the arena has {whole}")
+
+    def _require_servable(self, tenant: Tenant, record: ServedRecord) -> None:
+        try:
+            self._book.tenant_bytes([record.shape()])
+        except LibraryError as error:
+            raise AttachError(f"{tenant.path}: {self.table.name(record.parameter)}: {error}") from error
 
     def _bring(self, entry: _Entry) -> int:
         """Takes a slot, evicting the least recently used tenants that stand in the way, and begins the upload."""

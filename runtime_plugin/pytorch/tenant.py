@@ -151,6 +151,10 @@ class ParameterTable:
             raise AttachError(f"{name}: the model has no such parameter, so no tenant can change it")
         return self._entries[name]
 
+    def name(self, index: int) -> str:
+        """The name of a row of the directory."""
+        return list(self._entries)[index]
+
     def shapes(self) -> list[Parameter]:
         """The table as the library wants it."""
         return [

@@ -1,0 +1,235 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of many fine-tunes of one base in one batch: tokenizers, settings and an arena around the decoder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import GenerationConfig
+
+from deltaweave.converter import Checkpoint, require_base
+from deltaweave.formats import Delta, DeltaweaveError
+from deltaweave.generation import PieceStreamer, encode_prompt
+from deltaweave.models import load_checkpoint, load_tokenizer, side_files
+from deltaweave.runtime_plugin.pytorch import Arena, Decoder, Request, Sampling, attach
+
+__all__ = ["Prompt", "Text", "generate_batch"]
+
+# Settings of a fine-tune that a batch does not follow, and the values at which they do nothing.
+UNSERVED = {
+    "num_beams": 1,
+    "no_repeat_ngram_size": 0,
+    "typical_p": 1.0,
+    "min_p": 0.0,
+    "epsilon_cutoff": 0.0,
+    "eta_cutoff": 0.0,
+    "min_length": 0,
+    "bad_words_ids": None,
+    "suppress_tokens": None,
+}
+SLOTS = 64
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A text to be continued.
+
+    Attributes:
+        text: or the user's turn of a chat.
+        tenant: name of a fine-tune, or None for the base.
+        temperature: 0 is greedy; None follows the tenant's own generation settings.
+        top_p: None as well.
+        seed: of sampling.
+    """
+
+    text: str
+    tenant: str | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Text:
+    """What came of a prompt.
+
+    Attributes:
+        tenant: as in the prompt.
+        prompt: its text.
+        text: the continuation.
+        tokens: number of new tokens.
+        finish_reason: the tenant's stop token came, or the most tokens were there.
+    """
+
+    tenant: str | None
+    prompt: str
+    text: str
+    tokens: int
+    finish_reason: Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class _Voice:
+    """How a tenant, or the base, reads and writes."""
+
+    tokenizer: Any
+    settings: GenerationConfig
+
+    def stop(self) -> frozenset[int]:
+        found = self.settings.eos_token_id
+        found = self.tokenizer.eos_token_id if found is None else found
+        return frozenset([] if found is None else [found] if isinstance(found, int) else found)
+
+    def sampling(self, prompt: Prompt) -> Sampling:
+        own = self.settings
+        temperature = prompt.temperature
+        if temperature is None:
+            temperature = _or(own.temperature, 1.0) if own.do_sample else 0.0
+        return Sampling(
+            temperature=temperature,
+            top_p=_or(own.top_p, 1.0) if prompt.top_p is None else prompt.top_p,
+            top_k=_or(own.top_k, 50),
+            repetition_penalty=_or(own.repetition_penalty, 1.0),
+            seed=prompt.seed,
+        )
+
+
+def generate_batch(
+    base: str | Path,
+    tenants: Mapping[str, str | Path],
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int = 128,
+    chat: bool = False,
+    max_batch: int = 32,
+    arena_bytes: int | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | None = None,
+    accept_base: bool = False,
+    write: Callable[[int, str], None] | None = None,
+) -> list[Text]:
+    """Continues prompts, each with its own fine-tune, in batches that mix them.
+
+    Args:
+        base: Hugging Face folder of the base.
+        tenants: delta files by the names that prompts use; their tokenizers, chat templates, stop tokens and generation
+            settings are followed.
+        prompts: what to continue.
+        max_new_tokens: at most so many for each.
+        chat: wrap the prompts in their tenants' chat templates.
+        max_batch: prompts at work at a time; the others wait.
+        arena_bytes: device memory for tenants; None for what the files suggest. If they do not fit together, the least
+            recently used ones wait in host memory.
+        dtype: of the base's weights; None for bfloat16 on a GPU (or float16, if the base has it) and float32 elsewhere.
+        device: None takes the GPU if there is one.
+        accept_base: take a base whose fingerprint is not the deltas'.
+        write: is handed the texts piece by piece: (index of the prompt, piece).
+
+    Returns:
+        In the order of the prompts.
+
+    Raises:
+        DeltaweaveError: another base, an unknown tenant, no usable tokenizer or chat template, an empty prompt, a
+            generation setting that batches do not follow.
+    """
+    for prompt in prompts:
+        if prompt.tenant is not None and prompt.tenant not in tenants:
+            raise DeltaweaveError(f"no tenant {prompt.tenant!r}; there are {', '.join(sorted(tenants)) or 'none'}")
+    home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    checkpoint = Checkpoint.open(base)
+    model = load_checkpoint(base, dtype or _weight_dtype(checkpoint, home)).to(home)
+    arena = Arena.for_model(model, capacity_bytes=arena_bytes or _arena_bytes(tenants), slots=SLOTS)
+    voices: dict[str | None, _Voice] = {}
+    if any(prompt.tenant is None for prompt in prompts):
+        voices[None] = _Voice(load_tokenizer(base), model.generation_config)
+    for name, path in tenants.items():
+        with Delta.open(path) as delta, side_files(checkpoint, delta) as folder:
+            require_base(checkpoint, delta, accept=accept_base)
+            tenant = arena.add(delta, name, accept_base=True)
+            voices[name] = _Voice(load_tokenizer(folder), tenant.generation or model.generation_config)
+    return _run(model, arena, voices, prompts, max_new_tokens, chat, max_batch, write)
+
+
+def _run(
+    model: Any,
+    arena: Arena,
+    voices: Mapping[str | None, _Voice],
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    chat: bool,
+    max_batch: int,
+    write: Callable[[int, str], None] | None,
+) -> list[Text]:
+    requests = [_request(prompt, voices[prompt.tenant], max_new_tokens, chat) for prompt in prompts]
+    streams = [_Stream(index, voices[prompt.tenant].tokenizer, write) for index, prompt in enumerate(prompts)]
+    longest = max((len(request.tokens) for request in requests), default=1) + max_new_tokens
+    rows = max(1, min(max_batch, len(prompts)))
+    with attach(model, arena) as attachment, Decoder(model, attachment, max_batch=rows, max_length=longest) as decoder:
+        completions = decoder.run(requests, lambda index, token: streams[index].put(token))
+    return [
+        Text(prompt.tenant, prompt.text, stream.end(), len(completion.tokens), completion.finish_reason)
+        for prompt, stream, completion in zip(prompts, streams, completions, strict=True)
+    ]
+
+
+class _Stream:
+    """The text of one prompt as its tokens come."""
+
+    def __init__(self, index: int, tokenizer: Any, write: Callable[[int, str], None] | None) -> None:
+        self._pieces: list[str] = []
+
+        def collect(piece: str) -> None:
+            self._pieces.append(piece)
+            if write and piece:
+                write(index, piece)
+
+        self._streamer = PieceStreamer(tokenizer, collect, skip_prompt=False)
+
+    def put(self, token: int) -> None:
+        self._streamer.put(torch.tensor([token]))
+
+    def end(self) -> str:
+        """The whole text."""
+        self._streamer.end()
+        return "".join(self._pieces)
+
+
+def _request(prompt: Prompt, voice: _Voice, max_new_tokens: int, chat: bool) -> Request:
+    for name, neutral in UNSERVED.items():
+        value = getattr(voice.settings, name, None)
+        if value is not None and value != neutral:
+            raise DeltaweaveError(
+                f"tenant {prompt.tenant or 'base'}: its generation setting {name} = {value} is not followed in a batch"
+            )
+    return Request(
+        tokens=encode_prompt(voice.tokenizer, prompt.text, chat),
+        tenant=prompt.tenant,
+        max_new_tokens=max_new_tokens,
+        stop=voice.stop(),
+        sampling=voice.sampling(prompt),
+    )
+
+
+def _arena_bytes(tenants: Mapping[str, str | Path]) -> int:
+    """Room for all tenants: kernel order takes little more than the file, and tiny records up to twice as much."""
+    total = 64 << 20
+    for path in tenants.values():
+        with Delta.open(path) as delta:
+            total += 2 * delta.size
+    return total
+
+
+def _weight_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    if device.type != "cuda":
+        return torch.float32
+    dtypes = {checkpoint.dtype(name) for name in checkpoint.names}
+    return torch.float16 if dtypes == {torch.float16} else torch.bfloat16
+
+
+def _or(value: Any, default: Any) -> Any:
+    """Transformers leaves settings that nobody set at None."""
+    return default if value is None else value

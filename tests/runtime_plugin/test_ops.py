@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The custom ops on the CPU: against the reference op on the same records, opcheck, and arguments that they refuse."""
+
+import numpy as np
+import pytest
+import torch
+from deltaweave.formats import Band, DenseRecord, FactoredRecord, PackedBand, PackedMatrix, pack_codes
+from deltaweave.runtime_plugin import library
+from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, Parameter, ParameterKind
+from deltaweave.runtime_plugin.pytorch import (
+    DenseDelta,
+    FactoredDelta,
+    OpError,
+    delta_linear,
+    delta_rows,
+    dense_linear,
+    ops,
+)
+from deltaweave.runtime_plugin.pytorch.native import native_library
+from deltaweave.runtime_plugin.pytorch.tenant import Rows, ServedRecord
+from deltaweave.runtime_plugin.pytorch.upload import HostUploader
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+pytestmark = pytest.mark.usefixtures("native")
+IN, OUTS, SPARE = 200, (136, 72), 90
+LINEAR, OTHER, EMBEDDING, HEAD, NORM, BIAS = range(6)
+PARAMETERS = [
+    Parameter(ParameterKind.LINEAR, IN, OUTS[0]),
+    Parameter(ParameterKind.LINEAR, IN, OUTS[1]),
+    Parameter(ParameterKind.EMBEDDING, IN, SPARE),
+    Parameter(ParameterKind.LINEAR, IN, SPARE),
+    Parameter(ParameterKind.VECTOR, IN, 1),
+    Parameter(ParameterKind.VECTOR, OUTS[0], 1),
+]
+SLOTS = 3
+
+
+def random_matrix(generator, bands, length, size):
+    pieces = []
+    for band in bands:
+        if band.bits == 16:
+            pieces.append(PackedBand(band, generator.standard_normal((band.rank, length)).astype(np.float16), None))
+            continue
+        codes = generator.integers(0, 1 << band.bits, (band.rank, length)).astype(np.uint8)
+        entries = (1,) if size is None else (band.rank, -(-length // size))
+        shape = entries if band.grid == "codebook" else (2,) if size is None else (*entries, 2)
+        grid = generator.uniform(0.01, 0.2, shape).astype(np.float16)
+        pieces.append(PackedBand(band, pack_codes(codes, band.bits), grid))
+    return PackedMatrix(tuple(pieces), length, size)
+
+
+def random_band(generator, bits, rank, codebook=False):
+    if bits == 16:
+        return Band(16, rank, "none")
+    if codebook:  # levels that float16 holds: the arena keeps them so
+        levels = np.sort(generator.standard_normal(1 << bits)).astype(np.float16)
+        return Band(bits, rank, "codebook", tuple(levels.astype(float).tolist()))
+    return Band(bits, rank)
+
+
+def random_factored(generator, out, bands, size=128):
+    u, v = (random_matrix(generator, bands, length, size) for length in (out, IN))
+    return FactoredRecord((out, IN), u, v, generator.uniform(0, 1, u.rows).astype(np.float32))
+
+
+class HostArena:
+    """An arena without a model."""
+
+    def __init__(self):
+        self.buffer = torch.full((4 << 20,), 0xA5, dtype=torch.uint8)  # 64-byte aligned by the allocator
+        self.buffer = self.buffer[-self.buffer.data_ptr() % 256 :]
+        self.directory = torch.zeros(len(PARAMETERS), SLOTS, DIRECTORY_FIELDS, dtype=torch.int64)
+        self.book = library.Arena(
+            native_library(),
+            device_address=self.buffer.data_ptr(),
+            size=len(self.buffer),
+            slots=SLOTS,
+            parameters=PARAMETERS,
+            max_rank=256,
+        )
+
+    def add(self, records):
+        served = [ServedRecord(parameter, content) for parameter, content in records.items()]
+        slot = self.book.reserve([record.shape() for record in served])
+        self.book.commit(slot)
+        HostUploader(self.buffer).upload(served, self.book, slot)
+        self.directory[:, slot] = torch.tensor(self.book.directory_rows(slot))
+        return slot
+
+    def plan(self, slots):
+        plan = torch.zeros(native_library().plan_bytes(max(1, len(slots))) // 4, dtype=torch.int32)
+        ops.plan(slots, SLOTS, plan)
+        return plan
+
+
+def tokens_of(slots):
+    return torch.tensor(slots, dtype=torch.int32)
+
+
+band_lists = st.lists(
+    st.tuples(st.sampled_from([1, 2, 3, 4, 8, 16]), st.integers(1, 40), st.booleans()), min_size=1, max_size=4
+)
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(band_lists, st.sampled_from([128, 256]), st.integers(0, 2**31), st.lists(st.integers(-1, 4), max_size=9))
+def test_delta_gemm(bands, size, seed, slots):
+    """Any bands; slots beyond the directory count as the base; what lies in the arena is what the file had."""
+    generator = np.random.default_rng(seed)
+    arena = HostArena()
+    shapes = [random_band(generator, *band) for band in bands]
+    records = [
+        {
+            LINEAR: random_factored(generator, OUTS[0], shapes, size),
+            OTHER: random_factored(generator, OUTS[1], shapes[:1]),
+        },
+        {OTHER: random_factored(generator, OUTS[1], shapes[::-1], size)},
+    ]
+    assert [arena.add(each) for each in records] == [0, 1]
+    x = torch.from_numpy(generator.standard_normal((len(slots), IN))).float()
+    before = [torch.from_numpy(generator.standard_normal((len(slots), out))).float() for out in OUTS]
+    ys = [y.clone() for y in before]
+    if slots:
+        plan = arena.plan(tokens_of(slots))
+        ops.delta_gemm(arena.buffer, arena.directory, plan, x, ys, [LINEAR, OTHER], 256)
+    for token, slot in enumerate(slots):
+        for parameter, y, old in zip((LINEAR, OTHER), ys, before, strict=True):
+            record = records[slot].get(parameter) if 0 <= slot < len(records) else None
+            term = delta_linear(x[token], FactoredDelta.of(record)) if record else 0
+            assert torch.allclose(y[token], old[token] + term, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [None, 128])
+@pytest.mark.parametrize("bits", [1, 4, 8])
+def test_rows_of_embedding_and_head(bits, size):
+    generator = np.random.default_rng(bits)
+    arena = HostArena()
+    dense = DenseRecord((70, IN), random_matrix(generator, [random_band(generator, bits, 70)], IN, size))
+    indices = torch.tensor([0, 3, 69, 88], dtype=torch.int32)
+    rows = Rows(indices, torch.from_numpy(generator.standard_normal((4, IN))).half())
+    arena.add({EMBEDDING: dense, HEAD: dense})
+    arena.add({EMBEDDING: rows, HEAD: rows})
+    slots = tokens_of([0, 1, -1, 1, 0, 2, 0, 1])
+    table = torch.from_numpy(generator.standard_normal((60, IN))).float()
+    ids = torch.tensor([5, 3, 3, 5, 65, 70, 89, 88])
+    found = ops.embed(arena.buffer, arena.directory, slots, ids, table, EMBEDDING)
+    delta, zero = DenseDelta.of(dense), torch.zeros(IN)
+    base = torch.stack([table[i] if i < 60 else zero for i in ids.tolist()])
+    expected = base.clone()
+    expected[0] += delta_rows(ids[0], delta)
+    expected[1] = rows.values[1].float()
+    expected[4] += delta_rows(ids[4], delta)
+    expected[7] = rows.values[3].float()
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+    x = torch.from_numpy(generator.standard_normal((8, IN))).float()
+    before = torch.from_numpy(generator.standard_normal((8, SPARE))).float()
+    y = before.clone()
+    ops.delta_gemm(arena.buffer, arena.directory, arena.plan(slots), x, [y], [HEAD], 256)
+    assert torch.equal(y, before), "rows are no factors"
+    ops.dense_gemm(arena.buffer, arena.directory, arena.plan(slots), x, y, HEAD, 256)
+    for token, slot in enumerate(slots.tolist()):
+        expected = before[token].clone()
+        if slot == 0:
+            expected[:70] += dense_linear(x[token], delta)
+        elif slot == 1:
+            expected[indices.long()] = rows.values.float() @ x[token]
+        assert torch.allclose(y[token], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_round_as_hugging_face_s(dtype):
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+    arena = HostArena()
+    values = torch.rand(IN)
+    arena.add({NORM: values})
+    x = torch.randn(4, 3, IN).to(dtype)
+    weight = torch.rand(IN).to(dtype)
+    got = ops.rms_norm(arena.buffer, arena.directory, tokens_of([0, -1, 2, 0]), x, weight, 1e-5, NORM)
+    norm = LlamaRMSNorm(IN, 1e-5).to(dtype)
+    for token, own in enumerate((values.to(dtype), weight, weight, values.to(dtype))):
+        norm.weight.data = own
+        assert torch.equal(got[token], norm(x[token]))
+
+
+def test_biases():
+    arena = HostArena()
+    values = torch.randn(OUTS[0])
+    arena.add({BIAS: values})
+    before = torch.randn(3, OUTS[0])
+    y, plain = before.clone(), before.clone()
+    base = torch.randn(OUTS[0])
+    ops.add_bias(arena.buffer, arena.directory, tokens_of([0, -1, 1]), [y, plain], [base, None], [BIAS, BIAS])
+    assert torch.allclose(y, before + torch.stack([values, base, base]))
+    assert torch.allclose(plain, before + torch.stack([values, torch.zeros(OUTS[0]), torch.zeros(OUTS[0])]))
+
+
+def arguments():
+    """Every op with arguments that it takes, by name."""
+    generator = np.random.default_rng(0)
+    arena = HostArena()
+    bands = [Band(8, 2), Band(2, 20)]
+    arena.add({LINEAR: random_factored(generator, OUTS[0], bands), NORM: torch.rand(IN), BIAS: torch.rand(OUTS[0])})
+    slots = tokens_of([0, -1, 0])
+    plan, x, y = arena.plan(slots), torch.randn(3, IN), torch.randn(3, OUTS[0])
+    held = {"arena": arena.buffer, "directory": arena.directory}
+    return {
+        "plan": {"slots": slots, "slot_count": SLOTS, "plan": plan},
+        "delta_gemm": {**held, "plan": plan, "x": x, "ys": [y, y.clone()], "parameters": [LINEAR] * 2, "max_rank": 256},
+        "dense_gemm": {**held, "plan": plan, "x": x, "y": torch.randn(3, SPARE), "parameter": HEAD, "max_rank": 256},
+        "rms_norm": {**held, "slots": slots, "x": x, "weight": torch.rand(IN), "epsilon": 1e-5, "parameter": NORM},
+        "add_bias": {**held, "slots": slots, "ys": [y], "biases": [torch.rand(OUTS[0])], "parameters": [BIAS]},
+        "embed": {**held, "slots": slots, "ids": torch.arange(3), "table": torch.randn(9, IN), "parameter": EMBEDDING},
+    }
+
+
+@pytest.mark.parametrize("name", ["plan", "delta_gemm", "dense_gemm", "rms_norm", "add_bias", "embed"])
+def test_opcheck(name):
+    torch.library.opcheck(getattr(ops, name), (), arguments()[name])
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("plan", {"slots": torch.zeros(3)}, r"slots of torch.float32"),
+        (
+            "plan",
+            {"slots": torch.zeros(6, dtype=torch.int32)[::2]},
+            r"strides \[2\] .* expected contiguous torch.int32",
+        ),
+        ("plan", {"slots": torch.zeros(2049, dtype=torch.int32)}, "2049 tokens in one step"),
+        ("delta_gemm", {"arena": torch.zeros(64)}, "arena of torch.float32"),
+        ("delta_gemm", {"directory": torch.zeros(6, 3, 7, dtype=torch.int64)}, r"directory of shape \[6, 3, 7\]"),
+        ("delta_gemm", {"plan": torch.zeros(9)}, "plan of torch.float32"),
+        ("delta_gemm", {"x": torch.zeros(3, IN, dtype=torch.int64)}, "x of torch.int64"),
+        ("delta_gemm", {"x": torch.zeros(IN, 3).T}, r"x of shape \[3, 200\] and strides \[1, 3\]"),
+        ("delta_gemm", {"x": torch.zeros(2, IN)}, r"y of shape \[3, 136\] .* for an x of \[2, 200\]"),
+        ("delta_gemm", {"ys": [torch.zeros(3, 8).half()] * 2}, "y of shape .* torch.float16 for an x"),
+        ("delta_gemm", {"ys": [], "parameters": []}, "0 ys and 0 parameters, expected 1 to 4"),
+        ("delta_gemm", {"parameters": [0]}, "2 ys and 1 parameters"),
+        ("delta_gemm", {"parameters": [0, 6]}, "parameter 6, the directory has 6"),
+        ("dense_gemm", {"parameter": -1}, "parameter -1, the directory has 6"),
+        ("rms_norm", {"weight": torch.zeros(7)}, r"x of shape \[3, 200\] for 3 tokens and a norm of 7"),
+        ("rms_norm", {"weight": torch.zeros(IN).half()}, "weight of torch.float16"),
+        ("rms_norm", {"slots": torch.zeros(7, dtype=torch.int32)}, "for 7 tokens and a norm of 200"),
+        ("add_bias", {"biases": [torch.zeros(5)]}, "bias of 5 features for a y of 136"),
+        ("add_bias", {"biases": []}, "1 ys, 0 biases, 1 parameters"),
+        ("embed", {"ids": torch.zeros(3, dtype=torch.int32)}, "ids of torch.int32"),
+        ("embed", {"ids": torch.zeros(2, dtype=torch.int64)}, "2 ids and a table .* for 3 tokens"),
+    ],
+)
+def test_refused_arguments(name, change, message):
+    with pytest.raises(OpError, match=message):
+        getattr(ops, name)(**{**arguments()[name], **change})
