@@ -7,13 +7,16 @@ The loop is one; what a column's grid is differs between the two factors of a de
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Protocol
 
 import torch
+from deltaweave.converter.quantize import VectorsAsColumns, VectorsAsRows
 
-__all__ = ["ColumnQuantizer", "gptq", "inverse_factor"]
+__all__ = ["ColumnQuantizer", "gptq", "inverse_factor", "quantize_block"]
 
-# Columns whose updates are applied at once to the rest of the matrix, as in the GPTQ paper.
+# Columns whose updates are applied at once to the rest of the matrix, as in the GPTQ paper; the width of a GPU tile.
 BLOCK = 128
 
 
@@ -28,7 +31,9 @@ class ColumnQuantizer(Protocol):
 def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -> torch.Tensor:
     """The upper Cholesky factor of the damped Hessian's inverse, in the order of visits.
 
-    Never holds more than two matrices of the Hessian's size beside it: at 11008 columns each takes 485 MB.
+    Read backwards, the Hessian has a lower factor L; the inverse of L, read backwards again, is that upper factor. So
+    no inverse is ever formed, and never more than two matrices of the Hessian's size are held beside it: at 11008
+    columns each takes 485 MB.
 
     Args:
         hessian: [columns, columns] float32, positive semi-definite; left as it is. Columns that never saw an input
@@ -39,7 +44,8 @@ def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -
     Returns:
         [columns, columns] float32 upper triangular R with inverse(permuted hessian) = R^T R.
     """
-    damped = hessian[order[:, None], order]
+    backwards = order.flip(0)
+    damped = hessian[backwards[:, None], backwards]
     diagonal = damped.diagonal()
     diagonal[diagonal == 0] = 1
     step = damping * float(diagonal.mean())
@@ -47,15 +53,15 @@ def inverse_factor(hessian: torch.Tensor, order: torch.Tensor, damping: float) -
     while True:
         diagonal += step - added
         added = step
-        factor, info = torch.linalg.cholesky_ex(damped)
+        lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             break
         step *= 10
-    del damped, diagonal
-    inverse = torch.cholesky_inverse(factor)
-    del factor
-    upper: torch.Tensor = torch.linalg.cholesky(inverse, upper=True)
-    return upper
+    inverse = damped.zero_()
+    inverse.diagonal().fill_(1)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower, damped, diagonal
+    return inverse.flip(0, 1)
 
 
 def gptq(
@@ -86,18 +92,48 @@ def gptq(
     weight = weight[:, order]
     weight[:, dead[order]] = 0
     factor = inverse_factor(hessian, order, damping)
-    visits = order.tolist()
-    for start in range(0, len(visits), BLOCK):
-        stop = min(start + BLOCK, len(visits))
-        errors = torch.empty(weight.shape[0], stop - start, device=weight.device)
-        for column in range(start, stop):
-            values = weight[:, column]
-            quantized = quantizer.quantize(visits[column], values)
-            error = (values - quantized) / factor[column, column]
-            weight[:, column + 1 : stop].addr_(error, factor[column, column + 1 : stop], alpha=-1)
-            weight[:, column] = quantized
-            errors[:, column - start] = error
+    quantize = _block_quantizer(quantizer, weight.device)
+    for start in range(0, len(order), BLOCK):
+        stop = min(start + BLOCK, len(order))
+        errors = quantize(quantizer, order[start:stop], weight[:, start:stop], factor[start:stop, start:stop])
         weight[:, stop:].addmm_(errors, factor[start:stop, stop:], alpha=-1)
     result = torch.empty_like(weight)
     result[:, order] = weight
     return result
+
+
+def quantize_block(
+    quantizer: ColumnQuantizer, visits: torch.Tensor, block: torch.Tensor, factor: torch.Tensor
+) -> torch.Tensor:
+    """Quantizes the columns of a block in turn, each column's error spread over those still to come in the block.
+
+    Args:
+        quantizer: the grids.
+        visits: [columns] int64, the columns' natural indices.
+        block: [rows, columns] float32; becomes the dequantized values.
+        factor: [columns, columns] float32, the inverse factor's block on the diagonal.
+
+    Returns:
+        [rows, columns] float32 errors, each over its column's diagonal entry, for the columns behind the block.
+    """
+    errors = torch.empty_like(block)
+    for column, visit in enumerate(visits.tolist()):
+        values = block[:, column]
+        quantized = quantizer.quantize(visit, values)
+        error = (values - quantized) / factor[column, column]
+        block[:, column + 1 :].addr_(error, factor[column, column + 1 :], alpha=-1)
+        block[:, column] = quantized
+        errors[:, column] = error
+    return errors
+
+
+def _block_quantizer(quantizer: ColumnQuantizer, device: torch.device) -> Callable[..., torch.Tensor]:
+    """`quantize_block`, or on a GPU its equal in one kernel: a dozen launches a column would be most of the time."""
+    if device.type == "cuda" and find_spec("triton"):
+        from deltaweave.converter import gptq_triton
+
+        if isinstance(quantizer, VectorsAsRows):
+            return gptq_triton.quantize_rows
+        if isinstance(quantizer, VectorsAsColumns) and quantizer.result.group_size <= gptq_triton.MAX_GROUP:
+            return gptq_triton.quantize_columns
+    return quantize_block

@@ -102,35 +102,49 @@ def round_to_nearest(vectors: torch.Tensor, bits: torch.Tensor, group_size: int)
 
 
 class VectorsAsRows:
-    """V in GPTQ: vectors are rows, grids are fixed beforehand in natural order, whatever order GPTQ visits in."""
+    """V in GPTQ: vectors are rows, grids are fixed beforehand in natural order, whatever order GPTQ visits in.
+
+    Attributes:
+        result: codes and values as they come; the grids.
+        exact: [rank] bool, whether a vector is kept in 16 bits.
+        most: [rank] float32, its largest code.
+        scale: [groups, rank] float32, 1 for a vector kept in 16 bits.
+        zero: [groups, rank] float32.
+    """
 
     def __init__(self, vectors: torch.Tensor, bits: torch.Tensor, group_size: int) -> None:
         """Fits the grids of `vectors` [rank, length] float32 with `bits` [rank]."""
         self.result = round_to_nearest(vectors, bits, group_size)
         bits = bits.to(vectors.device)
-        self._exact = bits == 16
-        self._most = ((1 << bits.clamp_max(8)) - 1).float()
+        self.exact = bits == 16
+        self.most = ((1 << bits.clamp_max(8)) - 1).float()
         grid = self.result.grid.float()
-        self._scale, self._zero = grid[..., 0].T.contiguous(), grid[..., 1].T.contiguous()
-        self._scale[:, self._exact] = 1
+        self.scale, self.zero = grid[..., 0].T.contiguous(), grid[..., 1].T.contiguous()
+        self.scale[:, self.exact] = 1
 
     def quantize(self, column: int, values: torch.Tensor) -> torch.Tensor:
         """Quantizes one input feature's entries [rank] of all vectors."""
         group = column // self.result.group_size
-        scale, zero = self._scale[group], self._zero[group]
-        codes = torch.minimum((values / scale + zero).round_().clamp_min_(0), self._most)
-        quantized = torch.where(self._exact, values.half().float(), scale * (codes - zero))
+        scale, zero = self.scale[group], self.zero[group]
+        codes = torch.minimum((values / scale + zero).round_().clamp_min_(0), self.most)
+        quantized = torch.where(self.exact, values.half().float(), scale * (codes - zero))
         self.result.codes[:, column] = codes.to(torch.uint8)
         self.result.values[:, column] = quantized
         return quantized
 
 
 class VectorsAsColumns:
-    """U in GPTQ: vectors are columns, so a vector's grids are fitted to it when GPTQ arrives, errors included."""
+    """U in GPTQ: vectors are columns, so a vector's grids are fitted to it when GPTQ arrives, errors included.
+
+    Attributes:
+        result: codes, values and grids as they come.
+        bits: [rank] int64, on the device.
+    """
 
     def __init__(self, length: int, bits: torch.Tensor, group_size: int, device: torch.device) -> None:
         """Room for vectors of `length` with `bits` [rank]."""
         self.result = QuantizedRows.empty(bits.numel(), length, group_size, device)
+        self.bits = bits.to(device)
         self._bits: list[int] = bits.tolist()
         self._lengths = _group_lengths(length, group_size, device)
 

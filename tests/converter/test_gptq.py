@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from deltaweave.converter import gptq as gptq_module
 from deltaweave.converter.gptq import gptq, inverse_factor
 from deltaweave.converter.quantize import VectorsAsColumns, VectorsAsRows, round_to_nearest
 
@@ -145,3 +146,75 @@ def test_long_axis_groups_cost_less_than_the_released_rank_axis_groups_at_like_e
 
     assert ours.result.grid.numel() < 0.3 * released.entries
     assert ours_error < 1.5 * released_error
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+# 16 bits and every width of codes, then many ranks of two bits.
+ALL_WIDTHS = [16] * 2 + [8] * 3 + [4] * 4 + [3] * 8 + [1] * 3
+
+
+def spread(visits, columns):
+    """An upper factor of a plausible Hessian, and a permutation to visit in."""
+    x = correlated(4 * columns, columns)
+    order = torch.randperm(columns, generator=torch.Generator().manual_seed(0))
+    return inverse_factor(x.T @ x / len(x), order, 0.01)[:visits, :visits].contiguous(), order[:visits]
+
+
+def check_block(kernel, quantizers, block, factor, visits):
+    """The kernel's codes, grids, values and errors are those of the CPU, which rounds every operation alike."""
+    ours, theirs = block[:, visits].cuda(), block[:, visits]
+    expected_errors = gptq_module.quantize_block(quantizers[1], visits, theirs, factor)
+    errors = kernel(quantizers[0], visits.cuda(), ours, factor.cuda()).cpu()
+    found, expected = quantizers[0].result, quantizers[1].result
+    assert (found.codes.cpu() == expected.codes).float().mean() > 0.999
+    assert (found.grid.cpu() == expected.grid).float().mean() > 0.999
+    for got, want in ((ours.cpu(), theirs), (found.values.cpu(), expected.values), (errors, expected_errors)):
+        assert ((got - want).abs() <= 1e-5 * want.abs().max()).float().mean() > 0.999
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("group_size", [8, 64, 100, 128])
+@pytest.mark.parametrize(("rank", "length", "width"), [(300, 512, 128), (77, 300, 128), (40, 90, 37), (1, 64, 1)])
+def test_v_kernel_equals_the_columns_one_by_one(rank, length, width, group_size):
+    from deltaweave.converter.gptq_triton import quantize_rows
+
+    vectors = torch.linalg.qr(torch.randn(length, rank, generator=torch.Generator().manual_seed(1)))[0].T.contiguous()
+    bits = torch.tensor((ALL_WIDTHS + [2] * rank)[:rank])
+    quantizers = [VectorsAsRows(vectors.to(device), bits, group_size) for device in ("cuda", "cpu")]
+    check_block(quantize_rows, quantizers, vectors, *spread(width, length))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("group_size", [8, 48, 128, 256])
+@pytest.mark.parametrize(("length", "rank", "width"), [(512, 300, 128), (1000, 129, 100), (131, 40, 40), (64, 1, 1)])
+def test_u_kernel_equals_the_columns_one_by_one(length, rank, width, group_size):
+    from deltaweave.converter.gptq_triton import quantize_columns
+
+    u = torch.linalg.qr(torch.randn(length, rank, generator=torch.Generator().manual_seed(1)))[0]
+    bits = torch.tensor((ALL_WIDTHS + [2] * rank)[:rank])
+    quantizers = [VectorsAsColumns(length, bits, group_size, torch.device(device)) for device in ("cuda", "cpu")]
+    check_block(quantize_columns, quantizers, u, *spread(width, rank))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("group_size", [128, 300])
+def test_whole_gptq_leaves_the_same_error_on_both_devices(group_size):
+    """A tie broken the other way changes its row from there on, so codes may differ; the error they leave may not."""
+    u = torch.linalg.qr(torch.randn(1000, 300, generator=torch.Generator().manual_seed(1)))[0]
+    x, h = correlated(4000, 1000), correlated(1200, 300) * 0.98 ** torch.arange(300)
+    bits = torch.tensor((ALL_WIDTHS + [2] * 300)[:300])
+
+    def left(weight, inputs, device, quantizer):
+        hessian = inputs.T @ inputs / len(inputs)
+        result = gptq(weight.to(device), hessian.to(device), quantizer).cpu()
+        return energy((result - weight).double(), hessian.double())
+
+    u_left, v_left = [], []
+    for device in (torch.device("cpu"), torch.device("cuda")):
+        u_left.append(left(u, h, device, VectorsAsColumns(1000, bits, group_size, device)))
+        v_left.append(left(u.T.contiguous(), x, device, VectorsAsRows(u.T.to(device), bits, group_size)))
+    assert u_left[1] == pytest.approx(u_left[0], rel=1e-2)
+    assert v_left[1] == pytest.approx(v_left[0], rel=1e-2)
