@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from deltaweave.runtime_plugin.library import (
     DIRECTORY_FIELDS,
     DTYPES,
     Arena,
+    Batch,
     Gemm,
     Library,
     Parameter,
@@ -18,14 +20,21 @@ from deltaweave.runtime_plugin.library import (
     RepackArgs,
     Slice,
 )
-from factored_records import RandomRecord
 
-__all__ = ["DeviceArena", "Step"]
+__all__ = ["AnyRecord", "DeviceArena", "Step", "to_device"]
 
 
 def to_device(data: bytes) -> torch.Tensor:
     """Bytes as a device tensor; one byte for nothing."""
     return torch.from_numpy(np.frombuffer(data or b"\0", dtype=np.uint8).copy()).cuda()
+
+
+class AnyRecord(Protocol):
+    """What the random records of factored_records and table_records have in common."""
+
+    def shape(self, parameter: int) -> Record: ...
+
+    def tensors(self) -> dict[str, bytes]: ...
 
 
 class DeviceArena:
@@ -47,39 +56,32 @@ class DeviceArena:
             max_rank=max_rank,
         )
 
-    def add(self, records: Mapping[int, RandomRecord]) -> int:
+    def add(self, records: Mapping[int, AnyRecord]) -> int:
         """Uploads, repacks and commits a tenant; returns its slot."""
-        shapes = {
-            index: Record.factored(
-                index,
-                [(band.bits, band.rank, band.grid if band.bits < 16 else "none") for band in record.bands],
-                record.group_sizes,
-                record.group_offsets,
-            )
-            for index, record in records.items()
-        }
+        shapes = {index: record.shape(index) for index, record in records.items()}
         slot = self.arena.reserve(list(shapes.values()))
         for index, record in records.items():
-            parts = [record.v.codes, record.v.grid, record.u.codes, record.u.grid]
-            parts += [record.sigma.tobytes(), record.levels.tobytes()]
-            self.repack(slot, index, shapes[index], [to_device(part) for part in parts])
+            if shapes[index].shares == -1:
+                tensors = {name: to_device(data) for name, data in record.tensors().items()}
+                self.repack_tensors(slot, index, shapes[index], tensors)
         self.publish(slot)
         return slot
 
     def repack(self, slot: int, index: int, shape: Record, parts: Sequence[torch.Tensor]) -> None:
-        """File-order tensors (v codes, v grid, u codes, u grid, sigma, levels) into a reserved slot."""
+        """A factored record's tensors (v codes, v grid, u codes, u grid, sigma, levels) into a reserved slot."""
+        names = ("v_codes", "v_grid", "u_codes", "u_grid", "sigma", "levels")
+        self.repack_tensors(slot, index, shape, dict(zip(names, parts, strict=True)))
+
+    def repack_tensors(self, slot: int, index: int, shape: Record, tensors: Mapping[str, torch.Tensor]) -> None:
+        """File-order tensors, by the name of their field in RepackArgs, into a reserved slot."""
         place = self.arena.payload(slot, index)
-        arguments = RepackArgs(
-            shape,
-            self.arena.parameters[index],
-            *(part.data_ptr() for part in parts),
-            None,
-            None,
-            self.buffer.data_ptr() + place.offset,
-            place.bytes,
-        )
+        arguments = RepackArgs(record=shape, parameter=self.arena.parameters[index])
+        for name, tensor in tensors.items():
+            setattr(arguments, name, tensor.data_ptr())
+        arguments.payload = self.buffer.data_ptr() + place.offset
+        arguments.payload_bytes = place.bytes
         self.library.repack(arguments, torch.cuda.current_stream().cuda_stream)
-        torch.cuda.synchronize()  # `parts` may go
+        torch.cuda.synchronize()  # the tensors may go
 
     def publish(self, slot: int) -> None:
         """Commits a slot and copies its directory rows."""
@@ -91,6 +93,18 @@ class DeviceArena:
         self.directory[:, slot] = 0
         torch.cuda.synchronize()
         self.arena.evict(slot)
+
+    def batch(self, slots: torch.Tensor, dtype: torch.dtype) -> Batch:
+        """What the element-wise kernels share; `slots` is int32 on the device, kept alive by the caller."""
+        return Batch(
+            arena=self.buffer.data_ptr(),
+            directory=self.directory.data_ptr(),
+            slots=slots.data_ptr(),
+            parameter_count=self.directory.shape[0],
+            slot_count=self.directory.shape[1],
+            token_count=len(slots),
+            dtype=DTYPES[str(dtype).removeprefix("torch.")],
+        )
 
 
 class Step:

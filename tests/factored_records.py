@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from deltaweave.runtime_plugin.library import Record
 from numpy.typing import NDArray
 
 __all__ = ["RandomBand", "RandomFactor", "RandomRecord", "pack_rows"]
@@ -106,6 +107,22 @@ class RandomRecord:
         sigma = (np.exp(-3 * np.arange(rank) / rank) * rng.uniform(0.5, 1.5, rank)).astype(np.float32)
         table = np.concatenate([*levels.values(), np.zeros(0, np.float32)])
         return cls(bands, v, u, sigma, table, group_sizes, group_offsets)
+
+    def shape(self, parameter: int) -> Record:
+        """The library's description."""
+        bands = [(band.bits, band.rank, band.grid if band.bits < 16 else "none") for band in self.bands]
+        return Record.factored(parameter, bands, self.group_sizes, self.group_offsets)
+
+    def tensors(self) -> dict[str, bytes]:
+        """Bytes by the name of their field in RepackArgs."""
+        return {
+            "v_codes": self.v.codes,
+            "v_grid": self.v.grid,
+            "u_codes": self.u.codes,
+            "u_grid": self.u.grid,
+            "sigma": self.sigma.tobytes(),
+            "levels": self.levels.tobytes(),
+        }
 
     def apply(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """The delta term of rows x [tokens, in], [tokens, out]."""
