@@ -40,7 +40,7 @@ class PackedBand:
         weights = 2 ** torch.arange(self.bits, dtype=torch.int32, device=self.codes.device)
         codes = (stream.unflatten(1, (self.length, self.bits)).int() * weights).sum(-1)
         scale, zero = self.grid.double().repeat_interleave(GROUP_SIZE, 1)[:, : self.length].unbind(-1)
-        return scale * (codes - zero)
+        return torch.mul(scale, codes - zero)
 
 
 @dataclass(frozen=True)

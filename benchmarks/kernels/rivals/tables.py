@@ -63,7 +63,7 @@ class Results:
         layers, groups = MODELS[model]
         cells = [self.cell("models", model, group.name, contender, step) for group in groups]
         times = [cell["us"] for cell in cells if cell]
-        return layers * sum(times) / 1e3 if len(times) == len(cells) else None
+        return float(layers * sum(times) / 1e3) if len(times) == len(cells) else None
 
     def base_ms(self, model: str, step: Step) -> float | None:
         """The faster of cuBLAS and the weights' bytes at the copy rate (a step of few tokens is bound by them)."""
