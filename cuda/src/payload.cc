@@ -12,11 +12,11 @@ namespace {
 const char* kind_name(int parameter_kind) {
   switch (parameter_kind) {
     case DW_LINEAR:
-      return "linear";
+      return "a linear parameter";
     case DW_EMBEDDING:
-      return "embedding";
+      return "an embedding";
     default:
-      return "vector";
+      return "a vector";
   }
 }
 
@@ -150,16 +150,16 @@ dw_status check_record(const dw_record& record, const dw_parameter& parameter, i
   switch (record.kind) {
     case DW_FACTORED:
       if (parameter.kind == DW_LINEAR) return check_factored(record, parameter, index, max_rank);
-      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": a factored record of a ", name,
+      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": a factored record of ", name,
                   ", the kernels take those of linear parameters");
     case DW_DENSE:
     case DW_ROWS:
       if (!vector) return check_rows(record, parameter, index);
-      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": rows of a ", name,
+      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": rows of ", name,
                   ", expected values");
     case DW_VALUES:
       if (vector) return DW_OK;
-      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": values of a ", name,
+      return fail(DW_ERROR_UNSUPPORTED, "parameter ", index, ": values of ", name,
                   ", the kernels take those of vectors");
     default:
       return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": record kind ", record.kind,
