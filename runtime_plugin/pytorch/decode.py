@@ -90,7 +90,13 @@ class Decoder:
     """A model with an arena, a static cache, and the graphs of its decode steps."""
 
     def __init__(
-        self, model: nn.Module, attachment: ServingAttachment, *, max_batch: int = 32, max_length: int = 2048
+        self,
+        model: nn.Module,
+        attachment: ServingAttachment,
+        *,
+        max_batch: int = 32,
+        max_length: int = 2048,
+        graphs: bool = True,
     ) -> None:
         """Takes the cache's memory.
 
@@ -99,6 +105,7 @@ class Decoder:
             attachment: what `attach(model, arena)` gave.
             max_batch: rows at a time; further requests wait.
             max_length: tokens of prompt and continuation together.
+            graphs: on a GPU, capture each bucket's decode step once and replay it.
 
         Raises:
             DeltaweaveError: a model whose attention is not PyTorch's.
@@ -115,7 +122,8 @@ class Decoder:
         self._max_batch = max_batch
         self._inputs = torch.zeros(2, max_batch, dtype=torch.int64, device=weight.device)  # token, position
         self._graphs: dict[int, _Graph] = {}
-        self._pool: Any = torch.cuda.graph_pool_handle() if weight.is_cuda else None
+        self._captures = graphs and weight.is_cuda
+        self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
 
     def close(self) -> None:
         """Gives the graphs up, so that the arena may change its memory again."""
@@ -228,7 +236,7 @@ class Decoder:
             tenants[row.row] = row.request.tenant
         self._inputs[:, :bucket].copy_(inputs, non_blocking=True)
         with self._attachment.step(tenants):
-            if self._device.type != "cuda":
+            if not self._captures:
                 return self._decode_step(bucket)
             if bucket not in self._graphs:
                 self._graphs[bucket] = self._capture(bucket)

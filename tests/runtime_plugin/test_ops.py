@@ -4,9 +4,7 @@
 import numpy as np
 import pytest
 import torch
-from deltaweave.formats import Band, DenseRecord, FactoredRecord, PackedBand, PackedMatrix, pack_codes
-from deltaweave.runtime_plugin import library
-from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, Parameter, ParameterKind
+from deltaweave.formats import Band
 from deltaweave.runtime_plugin.pytorch import (
     DenseDelta,
     FactoredDelta,
@@ -16,88 +14,28 @@ from deltaweave.runtime_plugin.pytorch import (
     dense_linear,
     ops,
 )
-from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.tenant import Rows, ServedRecord
-from deltaweave.runtime_plugin.pytorch.upload import HostUploader
+from deltaweave.runtime_plugin.pytorch.tenant import Rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from op_arena import (
+    BIAS,
+    EMBEDDING,
+    HEAD,
+    IN,
+    LINEAR,
+    NORM,
+    OTHER,
+    OUTS,
+    SLOTS,
+    SPARE,
+    OpArena,
+    random_band,
+    random_dense,
+    random_factored,
+    slots_of,
+)
 
 pytestmark = pytest.mark.usefixtures("native")
-IN, OUTS, SPARE = 200, (136, 72), 90
-LINEAR, OTHER, EMBEDDING, HEAD, NORM, BIAS = range(6)
-PARAMETERS = [
-    Parameter(ParameterKind.LINEAR, IN, OUTS[0]),
-    Parameter(ParameterKind.LINEAR, IN, OUTS[1]),
-    Parameter(ParameterKind.EMBEDDING, IN, SPARE),
-    Parameter(ParameterKind.LINEAR, IN, SPARE),
-    Parameter(ParameterKind.VECTOR, IN, 1),
-    Parameter(ParameterKind.VECTOR, OUTS[0], 1),
-]
-SLOTS = 3
-
-
-def random_matrix(generator, bands, length, size):
-    pieces = []
-    for band in bands:
-        if band.bits == 16:
-            pieces.append(PackedBand(band, generator.standard_normal((band.rank, length)).astype(np.float16), None))
-            continue
-        codes = generator.integers(0, 1 << band.bits, (band.rank, length)).astype(np.uint8)
-        entries = (1,) if size is None else (band.rank, -(-length // size))
-        shape = entries if band.grid == "codebook" else (2,) if size is None else (*entries, 2)
-        grid = generator.uniform(0.01, 0.2, shape).astype(np.float16)
-        pieces.append(PackedBand(band, pack_codes(codes, band.bits), grid))
-    return PackedMatrix(tuple(pieces), length, size)
-
-
-def random_band(generator, bits, rank, codebook=False):
-    if bits == 16:
-        return Band(16, rank, "none")
-    if codebook:  # levels that float16 holds: the arena keeps them so
-        levels = np.sort(generator.standard_normal(1 << bits)).astype(np.float16)
-        return Band(bits, rank, "codebook", tuple(levels.astype(float).tolist()))
-    return Band(bits, rank)
-
-
-def random_factored(generator, out, bands, size=128):
-    u, v = (random_matrix(generator, bands, length, size) for length in (out, IN))
-    return FactoredRecord((out, IN), u, v, generator.uniform(0, 1, u.rows).astype(np.float32))
-
-
-class HostArena:
-    """An arena without a model."""
-
-    def __init__(self):
-        self.buffer = torch.full((4 << 20,), 0xA5, dtype=torch.uint8)  # 64-byte aligned by the allocator
-        self.buffer = self.buffer[-self.buffer.data_ptr() % 256 :]
-        self.directory = torch.zeros(len(PARAMETERS), SLOTS, DIRECTORY_FIELDS, dtype=torch.int64)
-        self.book = library.Arena(
-            native_library(),
-            device_address=self.buffer.data_ptr(),
-            size=len(self.buffer),
-            slots=SLOTS,
-            parameters=PARAMETERS,
-            max_rank=256,
-        )
-
-    def add(self, records):
-        served = [ServedRecord(parameter, content) for parameter, content in records.items()]
-        slot = self.book.reserve([record.shape() for record in served])
-        self.book.commit(slot)
-        HostUploader(self.buffer).upload(served, self.book, slot)
-        self.directory[:, slot] = torch.tensor(self.book.directory_rows(slot))
-        return slot
-
-    def plan(self, slots):
-        plan = torch.zeros(native_library().plan_bytes(max(1, len(slots))) // 4, dtype=torch.int32)
-        ops.plan(slots, SLOTS, plan)
-        return plan
-
-
-def tokens_of(slots):
-    return torch.tensor(slots, dtype=torch.int32)
-
-
 band_lists = st.lists(
     st.tuples(st.sampled_from([1, 2, 3, 4, 8, 16]), st.integers(1, 40), st.booleans()), min_size=1, max_size=4
 )
@@ -108,21 +46,21 @@ band_lists = st.lists(
 def test_delta_gemm(bands, size, seed, slots):
     """Any bands; slots beyond the directory count as the base; what lies in the arena is what the file had."""
     generator = np.random.default_rng(seed)
-    arena = HostArena()
+    arena = OpArena()
     shapes = [random_band(generator, *band) for band in bands]
     records = [
         {
-            LINEAR: random_factored(generator, OUTS[0], shapes, size),
-            OTHER: random_factored(generator, OUTS[1], shapes[:1]),
+            LINEAR: random_factored(generator, (OUTS[0], IN), shapes, size),
+            OTHER: random_factored(generator, (OUTS[1], IN), shapes[:1]),
         },
-        {OTHER: random_factored(generator, OUTS[1], shapes[::-1], size)},
+        {OTHER: random_factored(generator, (OUTS[1], IN), shapes[::-1], size)},
     ]
     assert [arena.add(each) for each in records] == [0, 1]
     x = torch.from_numpy(generator.standard_normal((len(slots), IN))).float()
     before = [torch.from_numpy(generator.standard_normal((len(slots), out))).float() for out in OUTS]
     ys = [y.clone() for y in before]
     if slots:
-        plan = arena.plan(tokens_of(slots))
+        plan = arena.plan(slots_of(slots))
         ops.delta_gemm(arena.buffer, arena.directory, plan, x, ys, [LINEAR, OTHER], 256)
     for token, slot in enumerate(slots):
         for parameter, y, old in zip((LINEAR, OTHER), ys, before, strict=True):
@@ -135,13 +73,13 @@ def test_delta_gemm(bands, size, seed, slots):
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_rows_of_embedding_and_head(bits, size):
     generator = np.random.default_rng(bits)
-    arena = HostArena()
-    dense = DenseRecord((70, IN), random_matrix(generator, [random_band(generator, bits, 70)], IN, size))
+    arena = OpArena()
+    dense = random_dense(generator, (70, IN), bits, size)
     indices = torch.tensor([0, 3, 69, 88], dtype=torch.int32)
     rows = Rows(indices, torch.from_numpy(generator.standard_normal((4, IN))).half())
     arena.add({EMBEDDING: dense, HEAD: dense})
     arena.add({EMBEDDING: rows, HEAD: rows})
-    slots = tokens_of([0, 1, -1, 1, 0, 2, 0, 1])
+    slots = slots_of([0, 1, -1, 1, 0, 2, 0, 1])
     table = torch.from_numpy(generator.standard_normal((60, IN))).float()
     ids = torch.tensor([5, 3, 3, 5, 65, 70, 89, 88])
     found = ops.embed(arena.buffer, arena.directory, slots, ids, table, EMBEDDING)
@@ -173,12 +111,12 @@ def test_rows_of_embedding_and_head(bits, size):
 def test_norms_round_as_hugging_face_s(dtype):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-    arena = HostArena()
+    arena = OpArena()
     values = torch.rand(IN)
     arena.add({NORM: values})
     x = torch.randn(4, 3, IN).to(dtype)
     weight = torch.rand(IN).to(dtype)
-    got = ops.rms_norm(arena.buffer, arena.directory, tokens_of([0, -1, 2, 0]), x, weight, 1e-5, NORM)
+    got = ops.rms_norm(arena.buffer, arena.directory, slots_of([0, -1, 2, 0]), x, weight, 1e-5, NORM)
     norm = LlamaRMSNorm(IN, 1e-5).to(dtype)
     for token, own in enumerate((values.to(dtype), weight, weight, values.to(dtype))):
         norm.weight.data = own
@@ -186,13 +124,13 @@ def test_norms_round_as_hugging_face_s(dtype):
 
 
 def test_biases():
-    arena = HostArena()
+    arena = OpArena()
     values = torch.randn(OUTS[0])
     arena.add({BIAS: values})
     before = torch.randn(3, OUTS[0])
     y, plain = before.clone(), before.clone()
     base = torch.randn(OUTS[0])
-    ops.add_bias(arena.buffer, arena.directory, tokens_of([0, -1, 1]), [y, plain], [base, None], [BIAS, BIAS])
+    ops.add_bias(arena.buffer, arena.directory, slots_of([0, -1, 1]), [y, plain], [base, None], [BIAS, BIAS])
     assert torch.allclose(y, before + torch.stack([values, base, base]))
     assert torch.allclose(plain, before + torch.stack([values, torch.zeros(OUTS[0]), torch.zeros(OUTS[0])]))
 
@@ -200,10 +138,12 @@ def test_biases():
 def arguments():
     """Every op with arguments that it takes, by name."""
     generator = np.random.default_rng(0)
-    arena = HostArena()
+    arena = OpArena()
     bands = [Band(8, 2), Band(2, 20)]
-    arena.add({LINEAR: random_factored(generator, OUTS[0], bands), NORM: torch.rand(IN), BIAS: torch.rand(OUTS[0])})
-    slots = tokens_of([0, -1, 0])
+    arena.add(
+        {LINEAR: random_factored(generator, (OUTS[0], IN), bands), NORM: torch.rand(IN), BIAS: torch.rand(OUTS[0])}
+    )
+    slots = slots_of([0, -1, 0])
     plan, x, y = arena.plan(slots), torch.randn(3, IN), torch.randn(3, OUTS[0])
     held = {"arena": arena.buffer, "directory": arena.directory}
     return {

@@ -1,0 +1,319 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The PyTorch host on a GPU: ops against the CPU reference, models against float32, graphs, swaps under way."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from deltaweave.formats import Delta
+from deltaweave.runtime_plugin.pytorch import Arena, Decoder, OpError, Request, Sampling, attach, decode, ops
+from deltaweave.runtime_plugin.pytorch.native import native_library
+from deltaweave.runtime_plugin.pytorch.tenant import Rows
+from helpers import FAMILIES, tiny_checkpoint
+from op_arena import (
+    BIAS,
+    EMBEDDING,
+    HEAD,
+    IN,
+    LINEAR,
+    MAX_RANK,
+    NORM,
+    OTHER,
+    OUTS,
+    SPARE,
+    OpArena,
+    random_band,
+    random_dense,
+    random_factored,
+    slots_of,
+)
+from random_delta import random_delta
+from transformers import AutoModelForCausalLM
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("gpu")]
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2}
+DTYPES = list(TOLERANCE)
+
+
+@pytest.fixture(scope="session")
+def gpu(native):
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    if not native_library().has_cuda:
+        pytest.skip("needs DELTAWEAVE_LIBRARY, a libdeltaweave built with CUDA")
+
+
+def error(got, expected, term):
+    """Largest error over the RMS of what was added, and the error's norm over that of what was added."""
+    difference = got.double().cpu() - expected.double()
+    return float(difference.abs().max() / term.double().square().mean().sqrt()), float(
+        difference.norm() / term.double().norm()
+    )
+
+
+class Both:
+    """The same tenants in an arena on the CPU and in one on the GPU; ops on both."""
+
+    def __init__(self, seed=0):
+        generator = np.random.default_rng(seed)
+        bands = [random_band(generator, *band) for band in ((8, 2), (3, 19), (2, 40, True), (16, 9), (1, 30), (4, 17))]
+        rows = Rows(torch.tensor([0, 3, 69, 88], dtype=torch.int32), torch.randn(4, IN).half())
+        dense = random_dense(generator, (70, IN))
+        tenants = [
+            {
+                LINEAR: random_factored(generator, (OUTS[0], IN), bands),
+                OTHER: random_factored(generator, (OUTS[1], IN), bands[:2], 256),
+                EMBEDDING: dense,
+                HEAD: dense,
+                NORM: torch.rand(IN),
+                BIAS: torch.randn(OUTS[0]),
+            },
+            {OTHER: random_factored(generator, (OUTS[1], IN), bands[2:]), EMBEDDING: rows, HEAD: rows},
+            {HEAD: random_factored(generator, (SPARE, IN), bands[:3]), EMBEDDING: random_dense(generator, (90, IN), 2)},
+        ]
+        self.arenas = {device: OpArena(device) for device in ("cpu", "cuda")}
+        for arena in self.arenas.values():
+            for slot, tenant in enumerate(tenants):
+                assert arena.add(tenant) == slot
+
+    def run(self, name, slots, *tensors, **settings):
+        """An op on both devices; float32 on the CPU. Gives both results, or for ops that write, what they wrote."""
+        results = []
+        for device, arena in self.arenas.items():
+            moved = copy.deepcopy([_moved(tensor, device) for tensor in tensors])
+            whose = slots_of(slots, device)
+            plan_or_slots = arena.plan(whose) if "gemm" in name else whose
+            result = getattr(ops, name)(arena.buffer, arena.directory, plan_or_slots, *moved, **settings)
+            results.append(moved[1 if "gemm" in name else 0] if result is None else result)
+        return results
+
+
+def _moved(value, device):
+    if isinstance(value, list):
+        return [_moved(each, device) for each in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.cuda() if device == "cuda" else value.float() if value.is_floating_point() else value
+
+
+@pytest.fixture(scope="module")
+def both():
+    return Both()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 5, 33, 300, 2048])
+class TestOps:
+    """Slots include the base's -1 and some out of range."""
+
+    def slots(self, tokens):
+        return np.random.default_rng(tokens).integers(-1, 4, tokens).tolist() if tokens > 1 else [0]
+
+    def test_delta_gemm(self, both, tokens, dtype):
+        x = torch.randn(tokens, IN).to(dtype)
+        ys = [torch.zeros(tokens, out, dtype=dtype) for out in OUTS]
+        expected, got = both.run("delta_gemm", self.slots(tokens), x, ys, [LINEAR, OTHER], MAX_RANK)
+        for mine, reference in zip(got, expected, strict=True):
+            assert error(mine, reference, reference)[1] < TOLERANCE[dtype]
+
+    def test_lm_head(self, both, tokens, dtype):
+        x = torch.randn(tokens, IN).to(dtype)
+        y = torch.zeros(tokens, SPARE, dtype=dtype)
+        for name in ("delta_gemm", "dense_gemm"):
+            many = name == "delta_gemm"
+            arguments = ([y], [HEAD]) if many else (y, HEAD)
+            slots = [2] if many and tokens == 1 else self.slots(tokens)
+            expected, got = both.run(name, slots, x, *arguments, MAX_RANK)
+            mine, reference = (got[0], expected[0]) if many else (got, expected)
+            assert error(mine, reference, reference)[1] < TOLERANCE[dtype]
+
+    def test_rms_norm(self, both, tokens, dtype):
+        x, weight = torch.randn(tokens, 3, IN).to(dtype), torch.rand(IN).to(dtype)
+        expected, got = both.run("rms_norm", self.slots(tokens), x, weight, 1e-5, NORM)
+        assert error(got, expected, expected)[1] < TOLERANCE[dtype]
+
+    def test_add_bias(self, both, tokens, dtype):
+        y, bias = torch.randn(tokens, OUTS[0]).to(dtype), torch.randn(OUTS[0]).to(dtype)
+        expected, got = both.run("add_bias", self.slots(tokens), [y, y.clone()], [bias, None], [BIAS, BIAS])
+        for mine, reference in zip(got, expected, strict=True):
+            assert error(mine, reference, reference)[1] < TOLERANCE[dtype]
+
+    def test_embed(self, both, tokens, dtype):
+        table = torch.randn(60, IN).to(dtype)
+        ids = torch.from_numpy(np.random.default_rng(0).integers(0, SPARE, tokens))
+        expected, got = both.run("embed", self.slots(tokens), ids, table, EMBEDDING)
+        assert got.dtype == dtype
+        assert error(got, expected, torch.randn(9))[0] < 10 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("name", ["delta_gemm", "rms_norm", "add_bias", "embed"])
+def test_opcheck(both, name):
+    arena, slots = both.arenas["cuda"], slots_of([0, -1, 1], "cuda")
+    held = (arena.buffer, arena.directory)
+    x, y = torch.randn(3, IN).cuda().half(), torch.randn(3, OUTS[0]).cuda().half()
+    arguments = {
+        "delta_gemm": (*held, arena.plan(slots), x, [y], [LINEAR], MAX_RANK),
+        "rms_norm": (*held, slots, x, x[0].contiguous(), 1e-5, NORM),
+        "add_bias": (*held, slots, [y], [None], [BIAS]),
+        "embed": (*held, slots, torch.arange(3).cuda(), x, EMBEDDING),
+    }
+    torch.library.opcheck(getattr(ops, name), arguments[name])
+
+
+def test_float32_is_refused(both):
+    arena, slots = both.arenas["cuda"], slots_of([0], "cuda")
+    with pytest.raises(OpError, match=r"x of torch.float32, the kernels take float16 and bfloat16"):
+        ops.rms_norm(
+            arena.buffer, arena.directory, slots, torch.zeros(1, IN).cuda(), torch.zeros(IN).cuda(), 1e-5, NORM
+        )
+
+
+class Served:
+    """A tiny model on the GPU with tenants, and the same on the CPU in float32."""
+
+    NAMES = ("dense", "rows", "none", "other")
+
+    def __init__(self, folder, name="llama", *, tied=False, dtype=torch.float16, **settings):
+        base = tiny_checkpoint(folder / "base", name, tied=tied, dtype=dtype, hidden=128)
+        self.exact, self.model = (
+            AutoModelForCausalLM.from_pretrained(base, dtype=d).eval() for d in (torch.float32, dtype)
+        )
+        self.model.cuda()
+        self.deltas = {
+            each: random_delta(
+                folder / f"{each}.safetensors", self.exact, seed=seed, vocabulary="dense" if each == "other" else each
+            )
+            for seed, each in enumerate(self.NAMES)
+        }
+        self.arena = Arena.for_model(self.model, **{"capacity_bytes": 16 << 20, "slots": 4, **settings})
+        for each, path in self.deltas.items():
+            self.arena.add(path, each, accept_base=True)
+
+    @torch.no_grad()
+    def alone(self, name, tokens):
+        if name is None:
+            return self.exact(tokens, use_cache=False).logits
+        with Delta.open(self.deltas[name]) as delta, attach(self.exact, delta, accept_base=True):
+            return self.alone(None, tokens)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_compute_their_fine_tunes(tmp_path, name, tied, dtype):
+    served = Served(tmp_path, name, tied=tied, dtype=dtype)
+    tokens = torch.arange(3, 43)[None]
+    rows = [None, *Served.NAMES]
+    with torch.no_grad(), attach(served.model, served.arena) as attachment, attachment.step(rows):
+        mixed = served.model(tokens.repeat(len(rows), 1).cuda(), use_cache=False).logits.cpu()
+    alone = [served.alone(each, tokens)[0] for each in rows]
+    assert (alone[1] - alone[0]).norm() > 0.1 * alone[0].norm()
+    noise = (mixed[0, :, : alone[0].shape[1]].float() - alone[0]).norm() / alone[0].norm()
+    for got, expected in zip(mixed[1:], alone[1:], strict=True):
+        known = expected.shape[1]
+        assert (got[:, known:] == -torch.inf).all()
+        relative = (got[:, :known].float() - expected).norm() / expected.norm()
+        assert relative < max(4 * noise, 8 * torch.finfo(dtype).eps)
+
+
+def test_compiles_without_graph_breaks(tmp_path):
+    served = Served(tmp_path, "qwen2")
+    tokens = torch.arange(3, 43).view(2, 20).cuda()
+    with torch.no_grad(), attach(served.model, served.arena) as attachment:
+        compiled = torch.compile(served.model, fullgraph=True, backend="aot_eager")
+        for rows in (["dense", None], ["other", "rows"]):
+            with attachment.step(rows):
+                got, expected = (model(tokens, use_cache=False).logits for model in (compiled, served.model))
+            known = expected > -torch.inf
+            assert (got[known] - expected[known]).norm() <= 4e-3 * expected[known].norm()
+
+
+PROMPTS = [list(range(3, 3 + length)) for length in (5, 17, 9, 30, 2, 8)]
+
+
+def recorded(monkeypatch):
+    """Logits of all steps to come, as they are chosen from."""
+    seen = []
+    choose = decode.choose
+
+    def record(logits, choosers, texts):
+        seen.append(logits.clone())
+        return choose(logits, choosers, texts)
+
+    monkeypatch.setattr(decode, "choose", record)
+    return seen
+
+
+def requests(names, count=12, **settings):
+    return [
+        Request(prompt, name, count, sampling=Sampling(**settings))
+        for prompt, name in zip(PROMPTS, names, strict=False)
+    ]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_graphs_compute_what_eager_steps_do(tmp_path, monkeypatch, dtype):
+    served = Served(tmp_path, "qwen3", tied=True, dtype=dtype)
+    seen = recorded(monkeypatch)
+    names = ["dense", None, "rows", "other", "none", "dense"]
+    texts, logits = [], []
+    with attach(served.model, served.arena) as attachment:
+        for graphs in (False, True):
+            with Decoder(served.model, attachment, max_batch=4, max_length=64, graphs=graphs) as decoder:
+                texts.append(decoder.run(requests(names)))
+                assert decoder.graphs == ([2, 4] if graphs else [])
+                assert served.arena.stats().live_graphs == len(decoder.graphs)
+            logits.append(list(seen))
+            seen.clear()
+    assert served.arena.stats().live_graphs == 0
+    assert texts[0] == texts[1]
+    for eager, replayed in zip(*logits, strict=True):
+        assert torch.equal(eager, replayed)
+
+
+def test_swaps_under_way_leave_others_bit_identical(tmp_path, monkeypatch):
+    """Between all steps another tenant is added, used, evicted and removed; graphs are not captured again."""
+    served = Served(tmp_path, slots=3, capacity_bytes=16 << 20)
+    seen = recorded(monkeypatch)
+    captures = []
+    capture = Decoder._capture
+    monkeypatch.setattr(Decoder, "_capture", lambda self, bucket: captures.append(bucket) or capture(self, bucket))
+    names = ["dense", "rows", None, "dense"]
+    logits = []
+    with attach(served.model, served.arena) as attachment:
+        for swapping in (False, True):
+            captures.clear()
+
+            def swap(index, token, swapping=swapping):
+                if swapping and index == 0:
+                    served.arena.resident(["none" if token % 2 else "other"])
+                    served.arena.add(served.deltas["other"], "visitor", accept_base=True)
+                    served.arena.remove("visitor")
+
+            with Decoder(served.model, attachment, max_batch=4, max_length=64) as decoder:
+                decoder.run(requests(names), swap)
+            assert captures == [4]
+            logits.append(list(seen))
+            seen.clear()
+    for before, after in zip(*logits, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_evictions_in_flight(tmp_path):
+    """Steps are queued without waiting, over more tenants than fit: each finds its own."""
+    served = Served(tmp_path, slots=2)
+    tokens = torch.arange(3, 23)[None].cuda()
+    expected, found = {}, []
+    with torch.no_grad(), attach(served.model, served.arena) as attachment:
+        for name in Served.NAMES:
+            with attachment.step([name]):
+                expected[name] = served.model(tokens, use_cache=False).logits
+            torch.cuda.synchronize()
+        for name in Served.NAMES * 8:
+            with attachment.step([name]):
+                found.append((name, served.model(tokens, use_cache=False).logits))
+    torch.cuda.synchronize()
+    assert all(torch.equal(logits, expected[name]) for name, logits in found)
+    assert served.arena.stats().open_steps == 0
+    assert served.arena.stats().resident_slots == 2
