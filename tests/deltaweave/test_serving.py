@@ -7,8 +7,8 @@ import pytest
 import torch
 from deltaweave.converter import CheckpointError
 from deltaweave.formats import DeltaweaveError
+from family import finetune
 from helpers import tiny_checkpoint
-from serving import finetune
 from typer.testing import CliRunner
 
 from deltaweave import Prompt, generate, generate_batch

@@ -17,8 +17,8 @@ from deltaweave.formats import (
 )
 from deltaweave.runtime_plugin.library import ArenaFullError, LibraryError
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError, attach, native
+from family import Family, finetune, load
 from helpers import perturbed, tiny_checkpoint
-from serving import Family, finetune, load
 
 pytestmark = pytest.mark.usefixtures("native")
 TOKENS = torch.arange(3, 13)[None]

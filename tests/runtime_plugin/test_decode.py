@@ -7,8 +7,8 @@ from deltaweave.formats import DeltaweaveError
 from deltaweave.runtime_plugin.library import ArenaFullError
 from deltaweave.runtime_plugin.pytorch import ArenaError, Decoder, Request, Sampling, attach, decode
 from deltaweave.runtime_plugin.pytorch.sampling import Chooser, choose
+from family import Family
 from helpers import FAMILIES
-from serving import Family
 
 pytestmark = pytest.mark.usefixtures("native")
 TENANTS = ["one", None, "two", "three", "one", "three", None]

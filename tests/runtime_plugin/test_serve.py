@@ -4,9 +4,9 @@
 import pytest
 import torch
 from deltaweave.runtime_plugin.pytorch import Arena, AttachError, OpError, attach
+from family import Family, edit_config, load
 from helpers import FAMILIES, tiny_checkpoint
 from safetensors.torch import load_file, save_file
-from serving import Family, edit_config, load
 
 pytestmark = pytest.mark.usefixtures("native")
 TOKENS = torch.arange(3, 43).view(2, 20)
