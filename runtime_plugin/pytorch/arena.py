@@ -300,7 +300,7 @@ class Arena:
         return self._entries[name]
 
     def _bytes(self, tenant: Tenant) -> int:
-        return self._book.tenant_bytes([record.shape() for record in tenant.records])
+        return self._book.tenant_bytes(tenant.shapes)
 
     def _require_room(self, tenant: Tenant) -> None:
         """Refuses what would not fit into the empty arena, before anybody is evicted for it."""
@@ -319,10 +319,9 @@ class Arena:
 
     def _bring(self, entry: _Entry) -> int:
         """Takes a slot, evicting the least recently used tenants that stand in the way, and begins the upload."""
-        shapes = [record.shape() for record in entry.tenant.records]
         while True:
             try:
-                slot = self._book.reserve(shapes)
+                slot = self._book.reserve(entry.tenant.shapes)
                 break
             except ArenaFullError as full:
                 self._make_room(entry.tenant.name, full)

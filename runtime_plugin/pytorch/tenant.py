@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -211,6 +212,11 @@ class Tenant:
     inverse_frequencies: torch.Tensor
     rotary_scale: float
     generation: GenerationConfig | None
+
+    @cached_property
+    def shapes(self) -> list[library.Record]:
+        """Of its records, as the library wants them."""
+        return [record.shape() for record in self.records]
 
 
 def load_tenant(table: ParameterTable, delta: Delta, name: str, *, accept_base: bool = False) -> Tenant:

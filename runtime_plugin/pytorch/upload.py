@@ -92,13 +92,13 @@ class _Image:
     """One record as the file has it.
 
     Attributes:
-        record: whose.
+        arguments: of its repacking but for the addresses, so that an upload costs the host little.
         fields: byte offset of each part, by its name in `library.RepackArgs`.
         sources: (byte offset, bytes) of everything to be copied.
         size: bytes.
     """
 
-    record: ServedRecord
+    arguments: library.RepackArgs
     fields: Mapping[str, int]
     sources: Sequence[tuple[int, NDArray[np.uint8]]]
     size: int
@@ -115,7 +115,7 @@ class _Image:
                 raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
                 sources.append((position, raw))
                 position += raw.nbytes
-        return cls(record, fields, sources, _rounded(position, PART_ALIGNMENT))
+        return cls(library.RepackArgs(record=record.shape()), fields, sources, _rounded(position, PART_ALIGNMENT))
 
 
 @dataclass(frozen=True)
@@ -161,15 +161,13 @@ class DeviceUploader:
         return _Events([stream.record_event() for stream in self._streams])
 
     def _repack(self, arena: library.Arena, slot: int, image: _Image, address: int, stream: int) -> None:
-        parameter = image.record.parameter
+        arguments = image.arguments
+        parameter = arguments.record.parameter
         place = arena.payload(slot, parameter)
-        arguments = library.RepackArgs(
-            record=image.record.shape(),
-            parameter=arena.parameters[parameter],
-            payload=self._buffer.data_ptr() + place.offset,
-            payload_bytes=place.bytes,
-            **{field: address + offset for field, offset in image.fields.items()},
-        )
+        arguments.parameter = arena.parameters[parameter]
+        arguments.payload, arguments.payload_bytes = self._buffer.data_ptr() + place.offset, place.bytes
+        for field, offset in image.fields.items():
+            setattr(arguments, field, address + offset)
         native_library().repack(arguments, stream)
 
     def _pinned(self, images: Sequence[_Image]) -> _Piece:
@@ -182,9 +180,9 @@ class DeviceUploader:
         for start, image in zip(starts, images, strict=False):
             for offset, raw in image.sources:
                 np.copyto(target[start + offset : start + offset + raw.nbytes], raw)
-        piece = _Piece(torch.from_numpy(target), list(zip(starts, images, strict=False)))
+        piece = _Piece(torch.from_numpy(target)[: starts[-1]], list(zip(starts, images, strict=False)))
         with torch.cuda.device(self._buffer.device):
-            torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(piece.data.data_ptr(), target.nbytes, 0)))
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(piece.data.data_ptr(), target.nbytes, 0))
         weakref.finalize(piece, _unpin, piece.data.data_ptr(), memory).atexit = False
         return piece
 
