@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from ctypes import POINTER, byref, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint64, c_void_p
 from dataclasses import dataclass
@@ -386,12 +387,13 @@ SIGNATURES: dict[str, list[Any]] = {
 
 
 def find_library() -> Path | None:
-    """The library of DELTAWEAVE_LIBRARY, else the one installed beside this module, else None."""
+    """The library of DELTAWEAVE_LIBRARY, else the one installed with this package, else None."""
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named)
-    installed = Path(__file__).parent / FILE_NAME
-    return installed if installed.exists() else None
+    # An editable install has the modules in one folder and the library in another.
+    folders = sys.modules[__package__].__path__ if __package__ else []
+    return next((file for folder in folders if (file := Path(folder) / FILE_NAME).exists()), None)
 
 
 class Library:
