@@ -7,6 +7,7 @@ buffer, the directory, every tenant's bytes on the host, and the events that say
 
 from __future__ import annotations
 
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -112,6 +113,7 @@ class Arena:
             parameters=table.shapes(),
             max_rank=max_rank,
         )
+        weakref.finalize(self, self._book.close)
         self._entries: dict[str, _Entry] = {}
         self._open_steps: deque[tuple[int, torch.cuda.Event]] = deque()
 

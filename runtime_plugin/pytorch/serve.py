@@ -35,6 +35,7 @@ class StepSlots:
         arena: of the slots.
         rows: int32 [most rows], slots; -1 is the base.
         batch: rows of the steps to come.
+        shape: (batch, tokens) that slots and plan are of; (0, 0) if the rows have changed since.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -43,12 +44,13 @@ class StepSlots:
         self.arena = arena
         self.rows = torch.full((MAX_TOKENS,), -1, dtype=torch.int32, device=device)
         self.batch = 0
+        self.shape = (0, 0)
         plan_ints = native_library().plan_bytes(MAX_TOKENS) // 4
         self._slots = torch.full((MAX_TOKENS,), -1, dtype=torch.int32, device=device)
         self._plan = torch.zeros(plan_ints, dtype=torch.int32, device=device)
 
     def lay_out(self, batch: int, tokens: int) -> None:
-        """Fills slots and plan for a step of [batch, tokens]; every later call reads them.
+        """Fills slots and plan for tokens [batch, tokens]; every later call reads them.
 
         Raises:
             OpError: another number of rows than slots were given for, or too many tokens.
@@ -60,6 +62,7 @@ class StepSlots:
         slots = self.slots(batch * tokens)
         slots.view(batch, tokens).copy_(self.rows[:batch, None].expand(batch, tokens))
         ops.plan(slots, self.arena.directory.shape[1], self._plan)
+        self.shape = (batch, tokens)
 
     def slots(self, tokens: int) -> torch.Tensor:
         """Slots of the step's tokens, int32 [tokens]."""
@@ -180,7 +183,8 @@ class ServedHead(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, tokens, in_features] to [batch, tokens, out_features]; may be some of a step's tokens."""
         step = self._step
-        step.lay_out(*x.shape[:2])
+        if step.shape != tuple(x.shape[:2]):
+            step.lay_out(*x.shape[:2])
         flat = x.reshape(-1, x.shape[-1])
         y = functional.pad(functional.linear(flat, self.weight.detach()), (0, self.out_features - len(self.weight)))
         step.delta_gemm(flat, [y], [self._parameter])
@@ -229,7 +233,7 @@ class ServingAttachment(Attachment):
             ArenaFullError: they do not fit together.
         """
         with self.arena.step(tenants) as slots:
-            self._slots.batch = len(slots)
+            self._slots.batch, self._slots.shape = len(slots), (0, 0)
             rows = torch.tensor(slots, dtype=torch.int32)
             if self.arena.buffer.is_cuda:
                 rows = rows.pin_memory()
