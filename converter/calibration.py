@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib.resources import files
@@ -24,6 +24,7 @@ __all__ = [
     "Activations",
     "BlockStream",
     "CalibrationData",
+    "add_gram",
     "compute_dtype",
     "default_sequence_length",
     "source_digest",
@@ -32,6 +33,8 @@ __all__ = [
 DEFAULT_TEXT = "default"
 # Tokens per forward: bounds what one block's intermediate activations may take.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
+# Activations stay on a GPU if those of two layers take less than this share of what is free there.
+RESIDENT_SHARE = 0.3
 
 
 @dataclass(frozen=True)
@@ -102,45 +105,87 @@ def default_sequence_length(config: dict[str, Any]) -> int:
 
 
 class Activations:
-    """Hidden states [samples, sequence_length, hidden_size] in a file, so that they cost page cache, not memory."""
+    """Hidden states [samples, sequence_length, hidden_size]: on a GPU with room for them, else in a mapped file.
 
-    def __init__(self, path: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        """Maps `path`, creating or resizing it to fit."""
-        self.path, self.shape, self.dtype = path, shape, dtype
+    A mapped file costs page cache, not memory.
+    """
+
+    def __init__(self, path: Path, device: torch.device, tensor: torch.Tensor) -> None:
+        """Of `create` and `load`."""
+        self.path, self.device = path, device
+        self.shape: tuple[int, int, int] = (tensor.shape[0], tensor.shape[1], tensor.shape[2])
+        self._tensor = tensor
+
+    @classmethod
+    def create(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Activations:
+        """Room for activations.
+
+        Args:
+            path: where `save` will put them.
+            shape: [samples, sequence_length, hidden_size].
+            dtype: as computed.
+            device: where `chunks` gives them.
+
+        Raises:
+            OutputError: no room on the disk for a mapped file.
+        """
+        if _fits(shape, dtype, device):
+            return cls(path, device, torch.empty(shape, dtype=dtype, device=device))
+        working = _working(path)
         size = int(np.prod(shape)) * dtype.itemsize
         try:
-            with path.open("ab") as file:
+            with working.open("ab") as file:
                 file.truncate(size)
                 # Claims the space now: a full disk is an error here, not a crash at some later write to the map.
                 os.posix_fallocate(file.fileno(), 0, size)
         except OSError as error:
-            raise OutputError(f"{path}: {size} bytes cannot be claimed ({error.strerror})") from error
-        self._map = np.memmap(path, dtype=np.uint8, mode="r+", shape=(size,))
-        self._tensor = torch.from_numpy(self._map).view(dtype).view(shape)
+            raise OutputError(f"{working}: {size} bytes cannot be claimed ({error.strerror})") from error
+        return cls(path, device, _mapped(working, shape, dtype))
 
-    def pieces(self, device: torch.device) -> int:
+    @classmethod
+    def load(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Activations:
+        """What `save` put there, to be read only."""
+        saved = _mapped(path, shape, dtype)
+        return cls(path, device, saved.to(device) if _fits(shape, dtype, device) else saved)
+
+    @property
+    def pieces(self) -> int:
         """How many pieces `chunks` makes."""
-        return -(-self.shape[0] // self._step(device))
+        return -(-self.shape[0] // self._step)
 
-    def chunks(self, device: torch.device) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Pieces of whole sequences, moved to `device`."""
-        samples, step = self.shape[0], self._step(device)
+    def chunks(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Pieces of whole sequences, on the device."""
+        samples, step = self.shape[0], self._step
         for start in range(0, samples, step):
             rows = slice(start, min(start + step, samples))
-            yield rows, self._tensor[rows].to(device)
-
-    def _step(self, device: torch.device) -> int:
-        return max(1, CHUNK_TOKENS[device.type] // self.shape[1])
+            yield rows, self._tensor[rows].to(self.device)
 
     def write(self, rows: slice, values: torch.Tensor) -> None:
         """Stores hidden states of some sequences."""
-        self._tensor[rows] = values.to(self.dtype).cpu()
+        self._tensor[rows] = values.to(self._tensor.device, self._tensor.dtype)
 
-    def flush(self) -> None:
-        """Makes what was written durable."""
-        self._map.flush()
-        with self.path.open("rb") as file:
-            os.fsync(file.fileno())
+    def save(self) -> None:
+        """Makes them durable under `path`, whole or not at all. May run in another thread while they are read.
+
+        Raises:
+            OutputError: what the system said.
+        """
+        working = _working(self.path)
+        try:
+            if self._tensor.is_cuda:
+                torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
+                with working.open("wb") as file:
+                    for sequence in self._tensor:
+                        file.write(sequence.cpu().view(torch.uint8).numpy().data)
+            with working.open("rb") as file:
+                os.fsync(file.fileno())
+            working.replace(self.path)
+        except OSError as error:
+            raise OutputError(f"{self.path}: cannot be written ({error.strerror})") from error
+
+    @property
+    def _step(self) -> int:
+        return max(1, CHUNK_TOKENS[self.device.type] // self.shape[1])
 
 
 class _Recorder(nn.Module):
@@ -180,20 +225,26 @@ class BlockStream:
 
     def embed(self, tokens: torch.Tensor, into: Activations) -> None:
         """Writes the input of block 0 for `tokens` [samples, sequence_length]."""
-        embedding = self.checkpoint.tensor(EMBEDDING)
-        for row, sequence in enumerate(tokens):
+        embedding = self.checkpoint.tensor(EMBEDDING).to(self.device)
+        for row, sequence in enumerate(tokens.to(self.device)):
             into.write(slice(row, row + 1), embedding[sequence][None])
 
-    def load(self, layer: int) -> nn.Module:
-        """A block with the tuned weights."""
+    def load(self, layer: int, *, without: Collection[str] = ()) -> nn.Module:
+        """A block with the tuned weights.
+
+        Args:
+            layer: its index.
+            without: full names of weights that are left out, to be set before a forward needs them.
+        """
         block: nn.Module = self._blocks[layer]
         prefix = f"model.layers.{layer}."
         state = {}
         for name in block.state_dict():
             if prefix + name not in self.checkpoint:
                 raise CheckpointError(f"{self.checkpoint.folder}: has no tensor {prefix + name}")
-            state[name] = self.checkpoint.tensor(prefix + name).to(self.device, self.dtype)
-        block.load_state_dict(state, strict=True, assign=True)
+            if prefix + name not in without:
+                state[name] = self.checkpoint.tensor(prefix + name).to(self.device, self.dtype)
+        block.load_state_dict(state, strict=False, assign=True)
         return block
 
     def unload(self, layer: int) -> None:
@@ -225,15 +276,15 @@ class BlockStream:
 
         def accumulate(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             nonlocal total
-            x = arguments[0].flatten(0, -2).float()
+            x = arguments[0].flatten(0, -2)
             if total is None:
                 total = torch.zeros(x.shape[1], x.shape[1], device=self.device)
-            total.addmm_(x.T, x, alpha=2 / inputs.shape[0])
+            add_gram(total, x, 2 / inputs.shape[0])
             raise _InputSeen
 
         handle = projection.register_forward_pre_hook(accumulate)
         try:
-            for done, (_, hidden) in enumerate(inputs.chunks(self.device)):
+            for done, (_, hidden) in enumerate(inputs.chunks()):
                 with suppress(_InputSeen):
                     self.forward(layer, hidden)
                 if report:
@@ -254,6 +305,37 @@ class BlockStream:
             self._decoder(inputs_embeds=embeddings, use_cache=False)
         self._decoder.layers, self._decoder.norm = blocks, norm
         return [recorder.arguments for recorder in recorders]
+
+
+def _working(path: Path) -> Path:
+    return path.with_suffix(".tmp")
+
+
+def _fits(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> bool:
+    size = 2 * int(np.prod(shape)) * dtype.itemsize  # a layer's input and its output
+    return device.type == "cuda" and size < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _mapped(file: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    return torch.from_numpy(np.memmap(file, dtype=np.uint8, mode="r+")).view(dtype).view(shape)
+
+
+def add_gram(total: torch.Tensor, x: torch.Tensor, weight: float) -> None:
+    """Adds `weight * x^T x` to `total`.
+
+    16-bit values go to a GPU's tensor cores as they are: the product of two of them is exact in the float32 that it is
+    summed in, so this is no less exact than converting them first, and ten times as fast.
+
+    Args:
+        total: [features, features] float32.
+        x: [tokens, features].
+        weight: a factor.
+    """
+    if x.is_cuda and x.dtype.itemsize == 2:
+        total.add_(torch.mm(x.T, x, out_dtype=torch.float32), alpha=weight)
+    else:
+        wide = x.float()
+        total.addmm_(wide.T, wide, alpha=weight)
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

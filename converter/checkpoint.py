@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +32,7 @@ SINGLE_FILE = "model.safetensors"
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 STORED_NAMES: dict[torch.dtype, ExactDtype] = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+HASHING_THREADS = min(8, os.cpu_count() or 1)
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -140,14 +143,19 @@ class Checkpoint:
         Args:
             progress: called with (tensors done, tensors in all).
         """
-        tensors: dict[str, TensorIdentity] = {}
         containers = self._containers()
-        for done, name in enumerate(self.names):
+
+        def digest(name: str) -> TensorIdentity:
             container = containers[self.files[name]]
             entry = container.tensors[name]
-            tensors[name] = TensorIdentity(tensor_digest(container.raw(name)), entry.dtype, tuple(entry.shape))
-            if progress:
-                progress(done + 1, len(self.files))
+            return TensorIdentity(tensor_digest(container.raw(name)), entry.dtype, tuple(entry.shape))
+
+        tensors: dict[str, TensorIdentity] = {}
+        with ThreadPoolExecutor(HASHING_THREADS) as pool:  # hashing leaves the interpreter to others
+            for done, (name, identity) in enumerate(zip(self.names, pool.map(digest, self.names), strict=True)):
+                tensors[name] = identity
+                if progress:
+                    progress(done + 1, len(self.files))
         return BaseIdentity(
             name=self.display_name,
             revision=self.config.get("_commit_hash"),

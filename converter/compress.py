@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
@@ -16,6 +19,7 @@ from deltaweave.converter.calibration import (
 )
 from deltaweave.converter.checkpoint import require_finite
 from deltaweave.converter.families import Projection
+from deltaweave.converter.overlap import Overlap
 from deltaweave.converter.packaging import package
 from deltaweave.converter.plan import (
     CompressionOptions,
@@ -27,6 +31,7 @@ from deltaweave.converter.plan import (
 )
 from deltaweave.converter.policies import other_record
 from deltaweave.converter.projection import compress_stage
+from deltaweave.converter.svd import Factors, truncated_svd
 from deltaweave.converter.workspace import OTHERS_PART, Workspace, layer_part, output_folder
 from deltaweave.formats import BaseIdentity, Record, TensorIdentity
 from torch import nn
@@ -34,6 +39,9 @@ from torch import nn
 __all__ = ["compress"]
 
 IDENTITY_FILE = "base.json"
+# How often a layer's input is made durable. A layer takes minutes on the CPU and two seconds on a GPU: too few to write
+# 2 GB in, and less than a resumed run is willing to repeat.
+SECONDS_BETWEEN_SAVES = {"cpu": 0.0, "cuda": 20.0}
 
 
 def compress(
@@ -75,6 +83,21 @@ def compress(
     return _Compression(plan, options, workspace, progress or silent).run(output, force=force, command=command)
 
 
+@dataclass(frozen=True)
+class _Difference:
+    """A projection before compression.
+
+    Attributes:
+        base: [out_features, in_features] in its stored dtype.
+        delta: tuned minus base, float32.
+        factors: the leading part of `delta`.
+    """
+
+    base: torch.Tensor
+    delta: torch.Tensor
+    factors: Factors
+
+
 class _Compression:
     """One run of `compress`."""
 
@@ -90,18 +113,21 @@ class _Compression:
 
     def run(self, output: Path, *, force: bool, command: str | None) -> Path:
         calibration = self._calibration() if self.options.calibrated else None
-        first = self._finished_layers()
-        if calibration is None:
-            self._layers_without_data(first)
-        else:
-            self._layers_with_data(first, calibration)
-        self._others()
-        identity = self._base_identity()
+        with Overlap.beside(self.device) as overlap:
+            others, identity = overlap.aside(self._others), overlap.aside(self._base_identity)
+            if self._finished_layers() < len(self.plan.layers):
+                if calibration is None:
+                    self._layers_without_data(overlap)
+                else:
+                    self._layers_with_data(overlap, calibration)
+            overlap.flush()
+            others()
+            base = identity()
         package(
             output,
             self.plan,
             self._records(),
-            identity,
+            base,
             self._method(),
             calibration,
             force=force,
@@ -145,85 +171,114 @@ class _Compression:
         length = options.sequence_length or default_sequence_length(tuned.config)
         return CalibrationData.load(options.calibration, tuned.folder, options.samples, length, options.seed)
 
-    def _layers_without_data(self, first: int) -> None:
-        layers = self.plan.layers
+    def _layers_without_data(self, overlap: Overlap) -> None:
+        layers, first = self.plan.layers, self._finished_layers()
+        differences = self._differences(overlap, first)
         for layer in range(first, len(layers)):
             records: dict[str, Record] = {}
             for step, stage in enumerate(layers[layer]):
                 self.progress("compressing", layer + step / len(layers[layer]), len(layers))
-                records |= self._compress(stage, None)[0]
-            self.workspace.save(layer_part(layer), records)
+                records |= self._compress(stage, next(differences))
+            overlap.write(partial(self.workspace.save, layer_part(layer), records))
 
-    def _layers_with_data(self, first: int, calibration: CalibrationData) -> None:
-        layers = self.plan.layers
-        if first == len(layers):
-            return
-        samples, length = calibration.tokens.shape
+    def _layers_with_data(self, overlap: Overlap, calibration: CalibrationData) -> None:
+        layers, first = self.plan.layers, self.workspace.saved_activations
+        differences = self._differences(overlap, first)
+        length = calibration.tokens.shape[1]
         stream = BlockStream(self.plan.tuned, length, self.device)
-        shape = (samples, length, int(self.plan.tuned.config["hidden_size"]))
-        inputs = Activations(self.workspace.activations(first), shape, stream.dtype)
-        if first == 0:
-            stream.embed(calibration.tokens, inputs)
+        inputs = self._first_inputs(stream, calibration, first)
+        saved = monotonic()
         for layer in range(first, len(layers)):
-            block = stream.load(layer)
+            block = stream.load(layer, without=[projection.weight for stage in layers[layer] for projection in stage])
             records: dict[str, Record] = {}
             for step, stage in enumerate(layers[layer]):
                 hessian = self._second_moment(stream, stage, inputs, step)
-                found, deltas = self._compress(stage, hessian)
-                records |= found
-                self._install(block, stage, deltas)
+                records |= self._compress(stage, next(differences), hessian, block)
+            durable = None
             if layer + 1 < len(layers):
-                inputs = self._propagate(
-                    stream,
-                    layer,
-                    inputs,
-                    Activations(self.workspace.activations(layer + 1), shape, stream.dtype),
-                )
-            self.workspace.save(layer_part(layer), records)
+                inputs = self._propagate(stream, layer, inputs)
+                if monotonic() - saved >= SECONDS_BETWEEN_SAVES[self.device.type]:
+                    durable, saved = inputs, monotonic()
+            overlap.write(partial(self._commit, layer, records, durable))
             stream.unload(layer)
+
+    def _first_inputs(self, stream: BlockStream, calibration: CalibrationData, first: int) -> Activations:
+        samples, length = calibration.tokens.shape
+        shape = (samples, length, int(self.plan.tuned.config["hidden_size"]))
+        path = self.workspace.activations(first)
+        if first:
+            return Activations.load(path, shape, stream.dtype, self.device)
+        inputs = Activations.create(path, shape, stream.dtype, self.device)
+        stream.embed(calibration.tokens, inputs)
+        return inputs
+
+    def _commit(self, layer: int, records: dict[str, Record], outputs: Activations | None) -> None:
+        """Saves a layer's records and then, if they are to be the next resumed run's start, its outputs."""
+        self.workspace.save(layer_part(layer), records)
+        if outputs is not None:
+            outputs.save()
+        self.workspace.drop_activations(layer + 1)
 
     def _second_moment(
         self, stream: BlockStream, stage: list[Projection], inputs: Activations, step: int
     ) -> torch.Tensor:
-        layer, steps, pieces = stage[0].layer, len(self.plan.layers[0]), inputs.pieces(self.device)
+        layer, steps = stage[0].layer, len(self.plan.layers[0])
 
         def report(done: int) -> None:
             # A stage's share of its layer is taken as equal; half of it goes to the data, half to SVD and GPTQ.
-            part = (step + 0.5 * done / pieces) / (steps + 1)
+            part = (step + 0.5 * done / inputs.pieces) / (steps + 1)
             self.progress("compressing", layer + part, len(self.plan.layers))
 
         return stream.second_moment(layer, stage[0].module, inputs, report)
 
     def _compress(
-        self, stage: list[Projection], hessian: torch.Tensor | None
-    ) -> tuple[dict[str, Record], list[torch.Tensor]]:
-        deltas = [self._delta(projection) for projection in stage]
+        self,
+        stage: list[Projection],
+        differences: list[_Difference],
+        hessian: torch.Tensor | None = None,
+        block: nn.Module | None = None,
+    ) -> dict[str, Record]:
+        """A stage's records. Gives `block` the weights that will be served: later stages are calibrated behind them."""
+        deltas = [difference.delta for difference in differences]
+        factors = [difference.factors for difference in differences]
         bands = [self.plan.bands[projection.weight] for projection in stage]
-        results = compress_stage(deltas, bands, hessian, self.options.recipe)
-        named = zip(stage, results, strict=True)
-        records = {projection.weight: result.record for projection, result in named if result.record is not None}
-        return dict(records), [result.delta for result in results]
+        results = compress_stage(deltas, factors, bands, hessian, self.options.recipe)
+        records: dict[str, Record] = {}
+        for projection, difference, result in zip(stage, differences, results, strict=True):
+            if result.record is not None:
+                records[projection.weight] = result.record
+            if block is not None:
+                module = block.get_submodule(projection.module)
+                served = (difference.base.float() + result.delta).to(next(module.parameters()).dtype)
+                module.weight = nn.Parameter(served, requires_grad=False)
+        return records
 
-    def _delta(self, projection: Projection) -> torch.Tensor:
+    def _differences(self, overlap: Overlap, first: int) -> Iterator[list[_Difference]]:
+        """The differences of every stage from layer `first` on; they need no data, so a GPU makes them ahead."""
+        stages = (stage for layer in self.plan.layers[first:] for stage in layer)
+        return overlap.ahead(lambda stage: [self._difference(projection) for projection in stage], stages)
+
+    def _difference(self, projection: Projection) -> _Difference:
         name = projection.weight
-        tuned = require_finite(self.plan.tuned.tensor(name), name, self.plan.tuned.folder).to(self.device).float()
-        base = require_finite(self.plan.base.tensor(name), name, self.plan.base.folder).to(self.device)
-        return tuned - base.float()
+        base, tuned = (
+            require_finite(checkpoint.tensor(name).to(self.device), name, checkpoint.folder)
+            for checkpoint in (self.plan.base, self.plan.tuned)
+        )
+        delta = tuned.float() - base.float()
+        factors = truncated_svd(delta, self.plan.bands[name].rank)
+        if self.device.type == "cuda":
+            for tensor in (base, delta, factors.u, factors.sigma, factors.v):
+                tensor.record_stream(torch.cuda.default_stream(self.device))
+            torch.cuda.current_stream(self.device).synchronize()
+        return _Difference(base, delta, factors)
 
-    def _install(self, block: nn.Module, stage: list[Projection], deltas: list[torch.Tensor]) -> None:
-        """Gives the block the weights that will be served, so that later stages are calibrated behind them."""
-        for projection, delta in zip(stage, deltas, strict=True):
-            base = self.plan.base.tensor(projection.weight).to(self.device).float()
-            module = block.get_submodule(projection.module)
-            served = (base + delta).to(next(module.parameters()).dtype)
-            module.weight = nn.Parameter(served, requires_grad=False)
-
-    def _propagate(self, stream: BlockStream, layer: int, inputs: Activations, outputs: Activations) -> Activations:
-        steps, pieces = len(self.plan.layers[0]), inputs.pieces(self.device)
-        for done, (rows, hidden) in enumerate(inputs.chunks(self.device)):
-            self.progress("compressing", layer + (steps + done / pieces) / (steps + 1), len(self.plan.layers))
+    def _propagate(self, stream: BlockStream, layer: int, inputs: Activations) -> Activations:
+        path = self.workspace.activations(layer + 1)
+        outputs = Activations.create(path, inputs.shape, stream.dtype, self.device)
+        steps = len(self.plan.layers[0])
+        for done, (rows, hidden) in enumerate(inputs.chunks()):
+            self.progress("compressing", layer + (steps + done / inputs.pieces) / (steps + 1), len(self.plan.layers))
             outputs.write(rows, stream.forward(layer, hidden))
-        outputs.flush()
         return outputs
 
     def _others(self) -> None:

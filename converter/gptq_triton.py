@@ -27,6 +27,7 @@ TILE_ROWS = 8
 # The largest group of U whose tile, 128 columns wide, fits into one multiprocessor's registers.
 MAX_GROUP = 256
 
+# One build serves all matrices (`do_not_specialize`): each takes a second.
 _LEAST = tl.constexpr(SMALLEST_SCALE)
 # Adding 2^23 to a float32 in [0, 2^22] leaves no place for a fraction: rounds to nearest, ties to even.
 _ROUNDER = tl.constexpr(float(1 << 23))
@@ -113,7 +114,7 @@ def _code(values, scale, zero, most):
     return (place + _ROUNDER) - _ROUNDER
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "block_stride", "factor_stride"])
 def _rows_kernel(
     block,  # [rows, width] float32
     errors,  # [width, rows] float32
@@ -161,7 +162,7 @@ def _rows_kernel(
         tile -= share[:, None] * rest[None, :]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "factor_stride"])
 def _columns_kernel(
     columns,  # [width, rows] float32
     errors,  # [width, rows] float32

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Delta-CoMe on the projections of one stage (arXiv 2406.08903): SVD, then V and U quantized in turn."""
+"""Delta-CoMe on the decomposed projections of one stage (arXiv 2406.08903): V and U quantized in turn."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deltaweave.converter.quantize import (
     round_to_nearest,
 )
 from deltaweave.converter.recipe import BandPlan, Recipe
-from deltaweave.converter.svd import Factors, truncated_svd
+from deltaweave.converter.svd import Factors
 from deltaweave.formats import FactoredRecord
 
 __all__ = ["CompressedProjection", "compress_stage"]
@@ -37,6 +37,7 @@ class CompressedProjection:
 
 def compress_stage(
     deltas: Sequence[torch.Tensor],
+    factors: Sequence[Factors],
     plans: Sequence[BandPlan],
     hessian: torch.Tensor | None,
     recipe: Recipe,
@@ -45,11 +46,11 @@ def compress_stage(
 
     Args:
         deltas: [out_features, in_features] float32 each, the same in_features and device.
+        factors: the leading part of each, with the rank of its plan or all that the delta has.
         plans: the bands of each.
         hessian: [in_features, in_features] float32 second moment of the shared input; None rounds to nearest.
         recipe: group size and GPTQ's settings.
     """
-    factors = [truncated_svd(delta, plan.rank) for delta, plan in zip(deltas, plans, strict=True)]
     plans = [plan.truncated(factor.rank) for plan, factor in zip(plans, factors, strict=True)]
     vs = _quantize_v(factors, plans, hessian, recipe)
     results = []

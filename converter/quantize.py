@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from deltaweave.formats import Band, PackedBand, PackedMatrix, pack_codes
+from deltaweave.formats import Band, PackedBand, PackedMatrix, pack_codes, row_bytes
 from torch.nn.functional import pad
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "VectorsAsColumns",
     "VectorsAsRows",
     "bits_of_ranks",
+    "pack_octets",
     "round_to_nearest",
 ]
 
@@ -64,8 +65,7 @@ class QuantizedRows:
             if band.bits == 16:
                 pieces.append(PackedBand(band, _numpy(self.values[rows].half()), None))
             else:
-                codes = pack_codes(_numpy(self.codes[rows]), band.bits)
-                pieces.append(PackedBand(band, codes, _numpy(self.grid[rows])))
+                pieces.append(PackedBand(band, _packed(self.codes[rows], band.bits), _numpy(self.grid[rows])))
         return PackedMatrix(tuple(pieces), self.codes.shape[1], self.group_size)
 
 
@@ -199,6 +199,22 @@ def _per_value(grid: torch.Tensor, length: int, group_size: int) -> tuple[torch.
     """Spreads a grid [..., groups, 2] over its values: scale and zero, float32 [..., length]."""
     spread = grid.float().repeat_interleave(group_size, -2)[..., :length, :]
     return spread[..., 0], spread[..., 1]
+
+
+def _packed(codes: torch.Tensor, bits: int) -> np.ndarray:
+    """`pack_codes`, on a GPU before the codes leave it: eight codes are one number of `bits` bytes."""
+    if not codes.is_cuda:
+        return pack_codes(_numpy(codes), bits)
+    return _numpy(pack_octets(codes, bits))
+
+
+def pack_octets(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """`pack_codes` in PyTorch: [rows, length] uint8 to [rows, row_bytes(bits, length)] uint8."""
+    octets = _grouped(codes, 8).long()  # [rows, octets, 8]
+    shifts = torch.arange(8, device=codes.device)
+    numbers = (octets << (bits * shifts)).sum(-1, keepdim=True)
+    packed = (numbers >> (8 * shifts[:bits]) & 255).to(torch.uint8)  # [rows, octets, bits]
+    return packed.flatten(1)[:, : row_bytes(bits, codes.shape[1])].contiguous()
 
 
 def _numpy(tensor: torch.Tensor) -> np.ndarray:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The folder of an unfinished compression: finished parts, calibration activations, and the options they belong to.
 
-A part's records appear by one rename and are the commit point of that part, so a killed run is resumed by counting
-parts. Activations alternate between two files: while part n is made from one, the input of part n + 1 goes into the
-other, and the rename of part n is what makes it count.
+A part's records appear by one rename. So does the input of a layer, always behind the parts of the layers before it: a
+killed run is resumed at the last layer whose input is there. Without calibration there are no inputs, and a run is
+resumed by counting parts.
 """
 
 from __future__ import annotations
@@ -74,8 +74,20 @@ class Workspace:
         return dict(records)
 
     def activations(self, layer: int) -> Path:
-        """Where the input of a layer lies."""
-        return self.folder / f"activations-{layer % 2}.bin"
+        """Where the input of a layer is saved."""
+        return self.folder / f"activations-{layer:05d}.bin"
+
+    @property
+    def saved_activations(self) -> int:
+        """The last layer whose input is saved, 0 if none is."""
+        return max((_layer_of(file) for file in self.folder.glob("activations-*.bin")), default=0)
+
+    def drop_activations(self, layer: int) -> None:
+        """Deletes the inputs of layers before `layer`, but for the last that is saved: a resumed run begins there."""
+        saved = self.saved_activations
+        for file in self.folder.glob("activations-*"):
+            if _layer_of(file) < layer and file != self.activations(saved):
+                file.unlink(missing_ok=True)
 
     def cached_json(self, name: str) -> Any | None:
         """A small value kept by `cache_json`, None if there is none."""
@@ -113,6 +125,10 @@ def output_folder(output: Path, *, force: bool) -> Path:
         raise OutputError(f"{output}: exists (--force replaces it)")
     _make(output.parent)
     return output.parent
+
+
+def _layer_of(activations: Path) -> int:
+    return int(activations.stem.rpartition("-")[2])
 
 
 def _make(folder: Path) -> None:

@@ -25,7 +25,8 @@ def checkpoint(request, tmp_path):
 def stream_and_inputs(checkpoint, tmp_path, samples=3, length=24):
     stream = BlockStream(checkpoint, length, torch.device("cpu"))
     tokens = torch.randint(4, 40, (samples, length), generator=torch.Generator().manual_seed(0))
-    inputs = Activations(tmp_path / "a.bin", (samples, length, int(checkpoint.config["hidden_size"])), stream.dtype)
+    shape = (samples, length, int(checkpoint.config["hidden_size"]))
+    inputs = Activations.create(tmp_path / "a.bin", shape, stream.dtype, torch.device("cpu"))
     stream.embed(tokens, inputs)
     return stream, tokens, inputs
 
@@ -35,7 +36,7 @@ def test_blocks_equal_the_model(checkpoint, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).eval()
     with torch.no_grad():
         expected = model(tokens, output_hidden_states=True, use_cache=False).hidden_states
-    hidden = torch.cat([chunk for _, chunk in inputs.chunks(torch.device("cpu"))])
+    hidden = torch.cat([chunk for _, chunk in inputs.chunks()])
     assert torch.equal(hidden, expected[0])
     for layer in range(
         int(checkpoint.config["num_hidden_layers"]) - 1

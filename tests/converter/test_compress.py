@@ -23,6 +23,7 @@ from deltaweave.converter import (
     tuned_names,
     tuned_tensor,
 )
+from deltaweave.converter.overlap import Overlap
 from deltaweave.formats import Delta, FactoredRecord
 from helpers import FAMILIES, perturbed, tiny_checkpoint
 from safetensors.torch import load_file, save_file
@@ -182,6 +183,62 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(pair, tmp_path, text, monk
     assert digest(broken) == digest(whole)
     assert not (tmp_path / "broken.safetensors.partial").exists()
     assert len(calls) - done <= 8 - 4 * ((stop_after - 1) // 4) + (8 if stop_after == 9 else 0)
+
+
+def test_a_run_resumes_where_activations_were_saved_last(tmp_path, text, monkeypatch):
+    """On a GPU not every layer's input is saved: later parts are made again, to the same bytes."""
+    base = tiny_checkpoint(tmp_path / "base", layers=4)
+    pair = base, perturbed(base, tmp_path / "tuned")
+    wanted = options(calibration=text)
+    whole = compress(*pair, tmp_path / "whole.safetensors", wanted)
+    original, calls = compress_module.compress_stage, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 15:  # in layer 3
+            raise Killed
+        return original(*arguments)
+
+    clock = iter([0.0, 1.0, 20.0, 21.0, 22.0])  # started; layer 0 done; layer 1 done, and saved; layer 2 done
+    monkeypatch.setattr(compress_module, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(compress_module, "SECONDS_BETWEEN_SAVES", {"cpu": 20.0})
+    monkeypatch.setattr(compress_module, "compress_stage", interrupted)
+    broken = tmp_path / "broken.safetensors"
+    with pytest.raises(Killed):
+        compress(*pair, broken, wanted)
+    unfinished = sorted(file.name for file in (tmp_path / "broken.safetensors.partial").iterdir())
+    assert [name for name in unfinished if name.startswith("activations")] == [
+        "activations-00002.bin",
+        "activations-00003.tmp",
+    ]
+    monkeypatch.setattr(compress_module, "monotonic", lambda: 0.0)
+    calls.clear()
+    monkeypatch.setattr(compress_module, "compress_stage", lambda *a: calls.append(a) or original(*a))
+    compress(*pair, broken, wanted)
+    assert len(calls) == 8
+    assert digest(broken) == digest(whole)
+
+
+def test_threads_beside_the_work_change_no_byte(pair, tmp_path, text, monkeypatch):
+    """A GPU's run reads ahead and writes behind; here the same threads, without the GPU."""
+    wanted = options(calibration=text)
+    alone = compress(*pair, tmp_path / "alone.safetensors", wanted)
+    monkeypatch.setattr(compress_module.Overlap, "beside", lambda _: Overlap(lambda: None))
+    assert digest(compress(*pair, tmp_path / "threads.safetensors", wanted)) == digest(alone)
+    rewrite(pair[1], lambda tensors: tensors[NAME].view(-1)[3:5].fill_(float("nan")))
+    for calibration in (text, "none"):
+        with pytest.raises(CheckpointError, match=f"{NAME} has 2 NaN or infinite values"):
+            compress(*pair, tmp_path / "bad.safetensors", options(calibration=calibration), restart=True)
+
+
+def test_a_failed_write_behind_the_work_is_raised(pair, tmp_path, monkeypatch):
+    def full(*_):
+        raise OutputError("layer-00000: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(compress_module.Overlap, "beside", lambda _: Overlap(lambda: None))
+    monkeypatch.setattr(compress_module.Workspace, "save", full)
+    with pytest.raises(OutputError, match="No space left"):
+        compress(*pair, tmp_path / "d.safetensors", options())
 
 
 def test_changed_options_are_refused_until_restarted(pair, tmp_path, monkeypatch):

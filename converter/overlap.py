@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Threads beside the one that drives a GPU: the next matrices are read and decomposed, the last results are written.
+
+On the CPU there is nothing to overlap with: every call is made in its place, in the order of the program.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice
+from typing import TypeVar
+
+import torch
+
+__all__ = ["Overlap"]
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Overlap:
+    """Threads with one kind of work each; left by an error, it waits for what runs and drops the rest."""
+
+    def __init__(self, prepare: Callable[[], object] | None) -> None:
+        """Makes threads that each call `prepare` first; None makes none."""
+        self._prepare, self._threads = prepare, ExitStack()
+        self._ahead, self._writer, self._aside = self._thread(), self._thread(), self._thread()
+        self._written: Future[None] | None = None
+
+    @classmethod
+    def beside(cls, device: torch.device) -> Overlap:
+        """Threads if `device` is a GPU, none else."""
+        return cls(partial(_own_stream, device) if device.type == "cuda" else None)
+
+    def __enter__(self) -> Overlap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._threads.close()
+
+    def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
+        """`function` of every item, always one item ahead, on a GPU stream of its own.
+
+        What it returns must be complete, and tensors in it recorded on the stream that goes on to use them.
+        """
+        if self._ahead is None:
+            return map(function, items)
+        waiting = iter(items)
+        begun = deque(self._ahead.submit(function, item) for item in islice(waiting, 1))
+        return self._results(self._ahead, function, waiting, begun)
+
+    def aside(self, function: Callable[[], Result]) -> Callable[[], Result]:
+        """Begins work that needs no GPU; what is returned waits for its result. On the CPU, that begins it."""
+        return function if self._aside is None else self._aside.submit(function).result
+
+    def write(self, function: Callable[[], None]) -> None:
+        """Writes behind the work, in order. One write may be under way: it holds what it writes."""
+        if self._writer is None:
+            function()
+            return
+        self.flush()
+        self._written = self._writer.submit(function)
+
+    def flush(self) -> None:
+        """Waits until everything is written, and raises what went wrong."""
+        if self._written is not None:
+            self._written.result()
+
+    def _thread(self) -> ThreadPoolExecutor | None:
+        if self._prepare is None:
+            return None
+        pool = ThreadPoolExecutor(1, initializer=self._prepare)
+        self._threads.callback(pool.shutdown, cancel_futures=True)
+        return pool
+
+    @staticmethod
+    def _results(
+        pool: ThreadPoolExecutor,
+        function: Callable[[Item], Result],
+        waiting: Iterator[Item],
+        begun: deque[Future[Result]],
+    ) -> Iterator[Result]:
+        while begun:
+            result = begun.popleft().result()
+            begun.extend(pool.submit(function, item) for item in islice(waiting, 1))
+            yield result
+
+
+def _own_stream(device: torch.device) -> None:
+    """What this thread asks of the GPU runs between the large kernels of the main thread, not behind all of them."""
+    torch.cuda.set_stream(torch.cuda.Stream(device, priority=-1))
