@@ -19,6 +19,7 @@ __all__ = ["Row", "device_works", "layers_for", "measure", "refusal"]
 ROTATED_BYTES = 300e6  # weights of a graph: five times the L2
 MOST_LAYERS = 32
 PREFILL_LAYERS = 4  # bound by arithmetic: fewer do
+LEFT_BYTES = 1e9  # more than this after a case is held by a cycle of references
 KEPT_BYTES = 60e9  # the allocator may keep this between cases: taking memory from the device costs more than a case
 
 
@@ -81,9 +82,7 @@ def measure(kind: type[Workload], case: Case, rate: float) -> Row:
     except Exception as error:
         return Row.of(kind, case, reason=refusal(error))
     finally:
-        gc.collect()
-        if torch.cuda.is_available() and torch.cuda.memory_reserved() > KEPT_BYTES:
-            torch.cuda.empty_cache()
+        _tidy()
 
 
 def _measured(kind: type[Workload], case: Case, layers: int, rate: float) -> Row:
@@ -106,6 +105,15 @@ def _measured(kind: type[Workload], case: Case, layers: int, rate: float) -> Row
         share=read / us * 1e6 / rate,
         error=error,
     )
+
+
+def _tidy() -> None:
+    """Gives memory back where much is held; collecting garbage every time would cost more than most cases."""
+    if torch.cuda.is_available():
+        if torch.cuda.memory_allocated() > LEFT_BYTES:
+            gc.collect()
+        if torch.cuda.memory_reserved() > KEPT_BYTES:
+            torch.cuda.empty_cache()
 
 
 def device_works() -> bool:

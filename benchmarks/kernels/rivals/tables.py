@@ -112,7 +112,7 @@ class Results:
         for tenants, limit in ((1, 0.25), (8, 0.75), (32, 2.7), (128, 10.4)):
             step = (tenants, tenants)
             ratio = _ratio(self.model_ms(model, OURS, step), self.base_ms(model, step))
-            found.append(_goal(f"K2: delta over base, {tenants} tenants", ratio, limit, most=True))
+            found.append(_goal(f"K2: delta over base, {tenants} tenant{'s' * (tenants > 1)}", ratio, limit, most=True))
         for tenants in (8, 32, 128):
             step = (tenants, tenants)
             ratio = _ratio(self.fastest_ms(model, LORA, step), self.model_ms(model, OURS, step))

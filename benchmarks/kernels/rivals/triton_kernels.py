@@ -23,20 +23,27 @@ __all__ = ["bit_delta", "dequantize"]
 @triton.jit
 def _bit_delta_kernel(
     x, packed, scale, y, tokens, features, columns,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ONCE: tl.constexpr,
 ):  # fmt: skip
     tenant = tl.program_id(1).to(tl.int64)
     rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     depth = tl.arange(0, BLOCK_K)
-    shifts = (depth % 32)[:, None]
     x += (tenant * tokens + rows)[:, None] * features + depth[None, :]
-    packed += tenant * (features // 32) * columns + (depth // 32)[:, None] * columns + cols[None, :]
+    if ONCE:
+        line = tl.arange(0, BLOCK_K // 32)[:, None, None]
+        shifts = tl.arange(0, 32)[None, :, None]
+        packed += tenant * (features // 32) * columns + line * columns + cols[None, None, :]
+    else:
+        shifts = (depth % 32)[:, None]
+        packed += tenant * (features // 32) * columns + (depth // 32)[:, None] * columns + cols[None, :]
     total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     for _ in range(0, features, BLOCK_K):
         tile = tl.load(x, mask=(rows < tokens)[:, None], other=0.0)
         words = tl.load(packed)
         signs = ((words >> shifts) & 1) * 2 - 1
+        if ONCE:
+            signs = tl.reshape(signs, (BLOCK_K, BLOCK_N))
         total += tl.dot(tile, signs.to(tile.dtype))
         x += BLOCK_K
         packed += (BLOCK_K // 32) * columns
@@ -52,6 +59,7 @@ def bit_delta(
     scale: torch.Tensor,
     y: torch.Tensor,
     block: tuple[int, int, int],
+    once: bool,
     warps: int,
     stages: int,
 ) -> None:
@@ -63,6 +71,7 @@ def bit_delta(
         scale: float32 [tenants].
         y: [tenants, tokens, out_features], contiguous, read and written.
         block: tile of tokens, outputs and inputs; it divides outputs and inputs.
+        once: load a word once and unpack it into 32 rows of the tile, or load it for each of them.
         warps: of a program.
         stages: of the loads.
     """
@@ -72,7 +81,7 @@ def bit_delta(
         raise ValueError(f"a tile of {block[1]} x {block[2]} does not divide {columns} x {features}")
     grid = (columns // block[1], tenants, triton.cdiv(tokens, block[0]))
     _bit_delta_kernel[grid](
-        x, packed, scale, y, tokens, features, columns, *block, num_warps=warps, num_stages=stages
+        x, packed, scale, y, tokens, features, columns, *block, once, num_warps=warps, num_stages=stages
     )  # fmt: skip
 
 

@@ -91,8 +91,17 @@ class BitDelta(Workload):
     name = "bitdelta"
     label = "BitDelta, 1-bit bmm (Triton)"
     compiles = True
-    # Tile of outputs and inputs, warps, stages.
-    TILES = ((32, 128, 4, 4), (64, 64, 4, 4), (64, 128, 4, 3), (128, 64, 8, 3), (128, 128, 8, 3))
+    # Tile of outputs and inputs, whether words are loaded once, warps, stages.
+    TILES = (
+        (32, 128, False, 4, 4),
+        (64, 128, False, 4, 3),
+        (128, 64, False, 8, 3),
+        (32, 128, True, 4, 4),
+        (32, 256, True, 4, 3),
+        (64, 128, True, 4, 4),
+        (128, 64, True, 4, 4),
+        (128, 128, True, 8, 3),
+    )
 
     def __init__(self, case: Case, layers: int, device: str = "cuda") -> None:
         super().__init__(case, layers, device)
@@ -134,12 +143,12 @@ class BitDelta(Workload):
         """One kernel a slice."""
         self._launch(layer, self.tile)
 
-    def _launch(self, layer: int, tile: tuple[int, int, int, int]) -> None:
+    def _launch(self, layer: int, tile: tuple[int, int, bool, int, int]) -> None:
         from .triton_kernels import bit_delta
 
-        columns, inputs, warps, stages = tile
+        columns, inputs, once, warps, stages = tile
         for packed, scale, y in zip(self.packed, self.scale, self.y3, strict=True):
-            bit_delta(self.x3, packed[layer], scale[layer], y, (self.rows_tile, columns, inputs), warps, stages)
+            bit_delta(self.x3, packed[layer], scale[layer], y, (self.rows_tile, columns, inputs), once, warps, stages)
 
     def expected(self, layer: int, rows: Sequence[int]) -> torch.Tensor:
         """From the signs."""

@@ -108,13 +108,13 @@ class VllmLora(Workload):
         return torch.cat(values)
 
 
-def _config(m: int, n: int, k: int, split: int, stages: int) -> Config:
+def _config(m: int, n: int, k: int, split: int, stages: int, warps: int = 4) -> Config:
     return {
         "block_m": m,
         "block_n": n,
         "block_k": k,
         "split_k": split,
-        "num_warps": 4,
+        "num_warps": warps,
         "num_ctas": 1,
         "group_size_m": 8,
         "num_stages": stages,
@@ -122,19 +122,21 @@ def _config(m: int, n: int, k: int, split: int, stages: int) -> Config:
     }
 
 
-# Tokens, ranks or outputs, reduction, parts of the reduction, stages.
+# Tokens, ranks or outputs, reduction, parts of the reduction, stages, warps.
 DECODE = {
     "shrink": [
         _config(16, 16, 256, 16, 2),
         _config(16, 32, 256, 4, 3),
         _config(16, 64, 128, 8, 3),
         _config(16, 64, 64, 4, 4),
+        _config(16, 32, 256, 8, 2, 8),
     ],
     "expand": [
         _config(16, 64, 64, 1, 3),
         _config(16, 32, 64, 1, 4),
         _config(16, 128, 64, 1, 3),
         _config(16, 128, 32, 1, 4),
+        _config(16, 64, 64, 1, 2, 8),
     ],
 }
 PREFILL = {

@@ -40,6 +40,7 @@ def work(entries: Sequence[Entry], output: Path) -> None:
     """A worker's part: one launch and one check of each entry; a JSON line each, written at once."""
     with output.open("w") as file:
         for kind, case in entries:
+            begin = time.monotonic()
             try:
                 with torch.inference_mode():
                     error: float | None = kind(case, 1).error(0)
@@ -47,7 +48,8 @@ def work(entries: Sequence[Entry], output: Path) -> None:
                 reason = None
             except Exception as failure:
                 error, reason = None, refusal(failure)
-            file.write(json.dumps({"key": _key(kind, case), "error": error, "reason": reason}) + "\n")
+            line = {"key": _key(kind, case), "error": error, "reason": reason, "seconds": time.monotonic() - begin}
+            file.write(json.dumps(line) + "\n")
             file.flush()
             if reason and not device_works():
                 return  # what is left would fail for this entry's sake
@@ -82,7 +84,11 @@ def compile_in_workers(
                     print(f"worker {i} ended with {process.returncode}: {last[0]}", flush=True)
         seen = [json.loads(line) for file in folder.glob("*.jsonl") for line in file.read_text().splitlines()]
     wanted, took = len(warm_entries(entries)), time.monotonic() - begin
-    print(f"compiled the kernels of {len(seen)} of {wanted} cases in {took:.0f} s", flush=True)
+    slowest = max((line["seconds"] for line in seen), default=0.0)
+    print(
+        f"compiled the kernels of {len(seen)} of {wanted} cases in {took:.0f} s, the slowest {slowest:.0f} s",
+        flush=True,
+    )
     return {line["key"]: line["reason"] for line in seen if line["reason"]}
 
 
