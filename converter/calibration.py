@@ -278,7 +278,7 @@ class BlockStream:
             nonlocal total
             x = arguments[0].flatten(0, -2)
             if total is None:
-                total = torch.zeros(x.shape[1], x.shape[1], device=self.device)
+                total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=self.device)
             add_gram(total, x, 2 / inputs.shape[0])
             raise _InputSeen
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deltaweave.formats import Delta
-from deltaweave.formats.container import write_atomically
+from deltaweave.formats.container import write_atomically, write_pieces
 
 __all__ = ["card_path", "write_card"]
 
@@ -83,7 +83,7 @@ def write_card(path: Path, command: str | None) -> None:
             recipe=", ".join(f"{key} {value}" for key, value in header.method.get("recipe", {}).items() if value != {}),
             command=command or "deltaweave.compress(...) from Python",
         )
-    write_atomically(card_path(path), lambda write: write(text.encode()))
+    write_atomically(card_path(path), lambda write: write_pieces(write, [text.encode()], []))
 
 
 def ratio_text(part: int, whole: int) -> str:

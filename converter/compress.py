@@ -113,13 +113,15 @@ class _Compression:
 
     def run(self, output: Path, *, force: bool, command: str | None) -> Path:
         calibration = self._calibration() if self.options.calibrated else None
+        # Built before any thread runs: meanwhile PyTorch's default dtype is another, in all threads.
+        stream = self._stream(calibration)
         with Overlap.beside(self.device) as overlap:
             others, identity = overlap.aside(self._others), overlap.aside(self._base_identity)
             if self._finished_layers() < len(self.plan.layers):
-                if calibration is None:
-                    self._layers_without_data(overlap)
+                if calibration and stream:
+                    self._layers_with_data(overlap, calibration, stream)
                 else:
-                    self._layers_with_data(overlap, calibration)
+                    self._layers_without_data(overlap)
             overlap.flush()
             others()
             base = identity()
@@ -171,6 +173,9 @@ class _Compression:
         length = options.sequence_length or default_sequence_length(tuned.config)
         return CalibrationData.load(options.calibration, tuned.folder, options.samples, length, options.seed)
 
+    def _stream(self, calibration: CalibrationData | None) -> BlockStream | None:
+        return BlockStream(self.plan.tuned, calibration.tokens.shape[1], self.device) if calibration else None
+
     def _layers_without_data(self, overlap: Overlap) -> None:
         layers, first = self.plan.layers, self._finished_layers()
         differences = self._differences(overlap, first)
@@ -181,11 +186,9 @@ class _Compression:
                 records |= self._compress(stage, next(differences))
             overlap.write(partial(self.workspace.save, layer_part(layer), records))
 
-    def _layers_with_data(self, overlap: Overlap, calibration: CalibrationData) -> None:
+    def _layers_with_data(self, overlap: Overlap, calibration: CalibrationData, stream: BlockStream) -> None:
         layers, first = self.plan.layers, self.workspace.saved_activations
         differences = self._differences(overlap, first)
-        length = calibration.tokens.shape[1]
-        stream = BlockStream(self.plan.tuned, length, self.device)
         inputs = self._first_inputs(stream, calibration, first)
         saved = monotonic()
         for layer in range(first, len(layers)):

@@ -48,7 +48,7 @@ def quantize_rows(
         [rows, columns] float32 errors, each over its column's diagonal entry.
     """
     rows, width = block.shape
-    errors = torch.empty(width, rows, device=block.device)  # a column is written at once
+    errors = block.new_empty(width, rows)  # a column is written at once
     result = quantizer.result
     _rows_kernel[(triton.cdiv(rows, TILE_ROWS),)](
         block,

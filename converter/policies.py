@@ -166,7 +166,7 @@ def _low_bit_record(base: Checkpoint, tuned: Checkpoint, name: str, group_size: 
     for start in range(0, rows, CHUNK_ROWS):
         stop = min(start + CHUNK_ROWS, rows)
         delta = _delta_rows(base, tuned, name, start, stop)
-        quantized = round_to_nearest(delta, torch.full((stop - start,), 8), group_size)
+        quantized = round_to_nearest(delta, torch.full((stop - start,), 8, dtype=torch.int64), group_size)
         codes[start:stop], grid[start:stop] = quantized.codes.numpy(), quantized.grid.numpy()
         error += float((delta - quantized.values).double().square().sum())
         energy += float(delta.double().square().sum())

@@ -49,7 +49,7 @@ class QuantizedRows:
         return cls(
             torch.zeros(rank, length, dtype=torch.uint8, device=device),
             torch.zeros(rank, -(-length // group_size), 2, dtype=torch.float16, device=device),
-            torch.zeros(rank, length, device=device),
+            torch.zeros(rank, length, dtype=torch.float32, device=device),
             group_size,
         )
 
@@ -190,7 +190,7 @@ def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
 
 
 def _group_lengths(length: int, group_size: int, device: torch.device) -> torch.Tensor:
-    lengths = torch.full((-(-length // group_size),), float(group_size), device=device)
+    lengths = torch.full((-(-length // group_size),), group_size, dtype=torch.float32, device=device)
     lengths[-1] -= -length % group_size
     return lengths
 

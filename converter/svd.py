@@ -77,7 +77,7 @@ def _gram(tall: torch.Tensor) -> torch.Tensor:
 
 def _long_side(tall: torch.Tensor, short: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """`tall @ short` split into unit columns and their norms, which are the singular values to full accuracy."""
-    long = torch.empty(tall.shape[0], short.shape[1], device=tall.device)
+    long = tall.new_empty(tall.shape[0], short.shape[1])
     squares = torch.zeros(short.shape[1], dtype=torch.float64, device=tall.device)
     for start in range(0, tall.shape[0], CHUNK):
         product = tall[start : start + CHUNK].double() @ short
