@@ -19,56 +19,60 @@
 //     y[16q + 2f + i] = 2^-e * (sum code * h' - B[f] - Z),   B[f] = sum bias[f] * h',   Z = sum
 //     zero * h'
 //
-// A team of warps shares an item: each streams its own stretch of the item's blocks through a ring
-// (ring.cuh), and their sums meet in shared memory in warp order. Which warp sums what depends on
-// the band list and the launch's bucket of tokens alone.
+// A team of warps shares an item: its blocks, contiguous a band, stream through stages
+// (stages.cuh) of which each warp takes its part; their sums meet in shared memory in warp order.
+// Which warp sums what depends on the band list and the launch's bucket of tokens alone.
 #include <cuda_bf16.h>
 
 #include "fragment.cuh"
 #include "kernels.h"
 #include "ring.cuh"
+#include "stages.cuh"
 #include "step.cuh"
 
 namespace dw {
 namespace {
 
 constexpr int kStages = 3;
-constexpr int kStageBytes = 2304;   // four blocks of 2 bits
+constexpr int kWarpBytes = 2304;    // of a stage, a warp: four blocks of 2 bits
 constexpr int kTokens = 8;          // of a chunk
 constexpr int kRound = 4;           // tokens whose sums meet at a time
 constexpr int kPitch = kGroup + 4;  // floats between tokens when sums meet
 
-// Blocks of ranks that one stage holds.
+// Blocks of ranks that one stage holds, a warp.
 DW_HD constexpr int blocks_a_step(int bits) { return bits <= 2 ? 4 : bits <= 4 ? 2 : 1; }
 
-// Consecutive blocks of one band of an item.
+// Consecutive blocks of one band of an item: what a stage holds.
 struct __align__(16) Step {
   const unsigned char* u;  // in the first group of outputs
   int group_bytes;         // to the next
-  uint16_t bytes, h_index;
+  int bytes;
 };
-struct __align__(8) Kind {
-  uint8_t bits, band, blocks, ranks;  // ranks: of the last block
-  uint8_t levels, unused[3];
+
+// A warp's share of a step.
+struct __align__(8) Share {
+  uint16_t at, h_index;  // of its first block, in units of 16 bytes of the stage; its first rank
+  uint8_t bits, levels : 1, band : 3, blocks, quads;  // quads: of its last block
 };
+static_assert(sizeof(Step) == 16 && sizeof(Share) == 8, "one read each");
 
 constexpr int kMaxBlocks = (DW_MAX_RANK + 16 * DW_MAX_BANDS) / 8;
 
 template <int kTeam, int kTeams>
 struct Shared {
-  // A warp's share of the blocks, each in a step of its own at worst; a step more where shares and
-  // bands are cut.
-  static constexpr int kMaxSteps = kMaxBlocks / kTeam + 2;
+  // A step a team's worth of the widest blocks, and one more where bands end.
+  static constexpr int kMaxSteps = ceil_div(kMaxBlocks, kTeam) + DW_MAX_BANDS;
+  static constexpr int kStageBytes = kTeam * kWarpBytes;
 
-  Step steps[kTeam][kMaxSteps];
-  Kind kinds[kTeam][kMaxSteps];
-  int step_count[kTeam];
+  unsigned char stage[kTeams][kStages][kStageBytes];
+  Stages<kStages, kTeam> stages[kTeams];
+  Step steps[kMaxSteps];
+  Share shares[kTeam][kMaxSteps];
   int largest[kTokens];  // |h|, as an integer
   float inverse[kTokens];
   uint2 biases[9][8];  // bits, product: of its registers 0 and 1, of its registers 2 and 3
   float loss[kTeams][kTeam][kRound][8];  // token, product: B + Z
   float sums[kTeams][kTeam][kRound * kPitch];
-  uint64_t barriers[kTeams * kTeam][kStages];
 };
 
 template <int kBits>
@@ -109,44 +113,44 @@ __device__ __forceinline__ Unit unit_at(const Gemm& gemm, int64_t item, int64_t 
   return unit;
 }
 
-// Lists the steps of every warp of a team, one warp a list, one lane a step.
+// Lists an item's steps, a thread a share; returns how many steps.
 template <int kTeam, int kTeams>
-__device__ __forceinline__ void list_steps(const Gemm& gemm, const Unit& unit,
-                                           Shared<kTeam, kTeams>& shared) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp >= kTeam) return;
+__device__ __forceinline__ int list_steps(const Gemm& gemm, const Unit& unit,
+                                          Shared<kTeam, kTeams>& shared) {
   const Shapes shapes = load_shapes(unit.row);
-  const int all = static_cast<int>(unit.row[DW_FIELD_ROW_BLOCKS]);
-  const int low = all * warp / kTeam, high = all * (warp + 1) / kTeam;
-  int done = 0, start = 0, h_start = 0;
+  int done = 0, h_start = 0;
 #pragma unroll
   for (int b = 0; b < DW_MAX_BANDS; ++b) {
     if (shapes.of[b] == 0) break;
     const int bits = band_bits(shapes.of[b]), rank = band_rank(shapes.of[b]);
-    const int blocks = block_count(bits, rank), size = blocks_a_step(bits);
-    const int from = max(low - start, 0), to = min(high - start, blocks);
-    const int steps = to > from ? ceil_div(to - from, size) : 0;
+    const int blocks = block_count(bits, rank), size = blocks_a_step(bits) * kTeam;
+    const int steps = ceil_div(blocks, size);
     const int64_t* fields = unit.row + DW_FIELD_BANDS + b * DW_BAND_FIELDS;
-    for (int i = lane; i < steps; i += 32) {
-      const int first = from + i * size, last = min(first + size, to) - 1;
-      const int ranks = min(rank - last * block_ranks(bits), block_ranks(bits));
-      const int bytes = (last - first) * whole_block_bytes(bits) + u_block_bytes(bits, ranks);
-      shared.steps[warp][done + i] = {
-          gemm.arena + fields[DW_BAND_U] + first * whole_block_bytes(bits),
-          u_group_bytes(bits, rank), static_cast<uint16_t>(bytes),
-          static_cast<uint16_t>(h_start + first * block_ranks(bits))};
-      shared.kinds[warp][done + i] = {static_cast<uint8_t>(bits),
-                                      static_cast<uint8_t>(b),
-                                      static_cast<uint8_t>(last - first + 1),
-                                      static_cast<uint8_t>(ranks),
-                                      band_grid(shapes.of[b]) == DW_GRID_CODEBOOK,
-                                      {}};
+    for (int i = threadIdx.x; i < steps * kTeam; i += blockDim.x) {
+      const int step = i / kTeam, member = i % kTeam, whole = whole_block_bytes(bits);
+      const int first = step * size, stop = min(first + size, blocks);
+      const int left = min(rank - (stop - 1) * block_ranks(bits), block_ranks(bits));
+      if (member == 0) {
+        const int bytes = (stop - first - 1) * whole + u_block_bytes(bits, left);
+        shared.steps[done + step] = {gemm.arena + fields[DW_BAND_U] + first * whole,
+                                     u_group_bytes(bits, rank), bytes};
+      }
+      const int each = ceil_div(stop - first, kTeam), own = first + member * each;
+      const int count = max(0, min(each, stop - own));
+      const bool last = own + count == stop;
+      Share& share = shared.shares[member][done + step];
+      share.at = static_cast<uint16_t>(member * each * whole / 16);
+      share.h_index = static_cast<uint16_t>(h_start + own * block_ranks(bits));
+      share.bits = static_cast<uint8_t>(bits);
+      share.levels = band_grid(shapes.of[b]) == DW_GRID_CODEBOOK;
+      share.band = static_cast<uint8_t>(b);
+      share.blocks = static_cast<uint8_t>(count);
+      share.quads = static_cast<uint8_t>(ceil_div(last ? left : block_ranks(bits), 4));
     }
     done += steps;
-    start += blocks;
     h_start += padded_rank(rank);
   }
-  if (lane == 0) shared.step_count[warp] = done;
+  return done;
 }
 
 // h of the unit's tokens as fp16 [token, pitch], each token times its own power of two; both passes
@@ -182,38 +186,41 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
 // One warp's part in its team's items of one unit.
 template <typename T, int kTeam, int kTeams>
 struct Run {
-  using WarpRing = Ring<kStages, kStageBytes>;
+  using Mine = Shared<kTeam, kTeams>;
 
   const Gemm& gemm;
   const Unit& unit;
-  Shared<kTeam, kTeams>& shared;
-  WarpRing& ring;
-  const unsigned char* memory;  // the ring's
-  const __half* h;              // of this lane's token
+  Mine& shared;
+  const __half* h;  // of this lane's token
   int lane, member, team, steps;
-  int stage = 0, ahead_group, ahead_step = 0;
+  Turn<kStages>& turn;  // of the team's stages, over all units
+  int ahead_group, ahead_step = 0;
 
-  __device__ __forceinline__ Run(const Gemm& gemm, const Unit& unit, Shared<kTeam, kTeams>& shared,
-                                 WarpRing& ring, const unsigned char* memory, const __half* h,
-                                 int pitch)
-      : gemm(gemm), unit(unit), shared(shared), ring(ring), memory(memory) {
+  __device__ __forceinline__ Run(const Gemm& gemm, const Unit& unit, Mine& shared, const __half* h,
+                                 int pitch, int steps, Turn<kStages>& turn)
+      : gemm(gemm), unit(unit), shared(shared), steps(steps), turn(turn) {
     lane = threadIdx.x % 32;
     member = threadIdx.x / 32 % kTeam;
     team = threadIdx.x / 32 / kTeam;
-    steps = shared.step_count[member];
     this->h = h + min(lane / 4, unit.chunk.z - 1) * pitch + 4 * (lane % 4);
     ahead_group = unit.first + team;
 #pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) fill(s);
+    for (int s = 0; s < kStages - 1; ++s) fill(s, member == 0);
   }
 
-  __device__ __forceinline__ void fill(int to) {
-    if (ahead_group >= unit.last || steps == 0) {
-      ring.skip();
-      return;
+  // Asks for the next step that nobody has asked for, `ahead` turns before its use.
+  __device__ __forceinline__ void fill(int ahead, bool mine) {
+    if (ahead_group >= unit.last) return;
+    if (mine) {
+      const Step next = shared.steps[ahead_step];
+      auto& stages = shared.stages[team];
+      const Turn<kStages> to = turn.ahead(ahead);
+      stages.wait_empty(to);
+      stages.expect(to, next.bytes);
+      stages.copy_wide(to, shared.stage[team][to.place],
+                       next.u + static_cast<int64_t>(ahead_group) * next.group_bytes, next.bytes);
+      stages.close(to);
     }
-    const Step step = shared.steps[member][ahead_step];
-    ring.fill(to, step.u + static_cast<int64_t>(ahead_group) * step.group_bytes, step.bytes);
     if (++ahead_step == steps) {
       ahead_step = 0;
       ahead_group += kTeams;
@@ -225,68 +232,76 @@ struct Run {
       float acc[8][4] = {};
       float bias[4] = {};  // B[lane / 4] of two tokens, Z of the same
       for (int s = 0; s < steps; ++s) {
-        const Kind kind = shared.kinds[member][s];
-        const int h_index = shared.steps[member][s].h_index;
-        ring.wait(stage);
-        fill(stage == 0 ? kStages - 1 : stage - 1);
-        dispatch(kind.bits, kind.levels, [&]<int kBits, bool kLevels>() {
-          consume<kBits, kLevels>(memory + stage * kStageBytes, kind, h_index, acc, bias);
+        const Share share = shared.shares[member][s];
+        fill(kStages - 1, member == s % kTeam);
+        shared.stages[team].wait_full(turn);
+        dispatch(share.bits, share.levels, [&]<int kBits, bool kLevels>() {
+          consume<kBits, kLevels>(shared.stage[team][turn.place] + 16 * share.at, share, acc, bias);
         });
-        __syncwarp();
-        stage = stage + 1 == kStages ? 0 : stage + 1;
+        shared.stages[team].release(turn);
+        turn.next();
       }
       finish(group, acc, bias);
     }
   }
 
-  // All blocks of a step.
   template <int kBits, bool kLevels>
-  __device__ __forceinline__ void consume(const unsigned char* codes, Kind kind, int h_index,
+  __device__ __forceinline__ void consume(const unsigned char* codes, Share share,
                                           float (&acc)[8][4], float (&bias)[4]) const {
     const __half* table = nullptr;
     if (kLevels) {
-      const int field = DW_FIELD_BANDS + kind.band * DW_BAND_FIELDS + DW_BAND_LEVELS;
+      const int field = DW_FIELD_BANDS + share.band * DW_BAND_FIELDS + DW_BAND_LEVELS;
       table = reinterpret_cast<const __half*>(gemm.arena + unit.row[field]);
     }
-    constexpr int kMost = blocks_a_step(kBits);
-    constexpr int kRanks = block_ranks(kBits);
-#pragma unroll
-    for (int m = 0; m < kMost; ++m) {
-      if (m >= kind.blocks) break;
-      const int quads = m + 1 < kind.blocks ? kRanks / 4 : ceil_div(int{kind.ranks}, 4);
-      multiply_block<kBits, kLevels>(codes + m * whole_block_bytes(kBits), quads,
-                                     h_index + m * kRanks, table, acc, bias);
+    constexpr int kMost = blocks_a_step(kBits), kRanks = block_ranks(kBits), kQuads = kRanks / 4;
+    const __half* from = h + share.h_index;
+    if (kMost == 4 && share.blocks == 4 && share.quads == kQuads) {
+      multiply_blocks<kBits, kLevels, kMost>(codes, kQuads, from, table, acc, bias);
+      return;
+    }
+#pragma unroll 1
+    for (int m = 1; m <= share.blocks; ++m) {
+      const int quads = m < share.blocks ? kQuads : share.quads;
+      multiply_blocks<kBits, kLevels, 1>(codes, quads, from, table, acc, bias);
+      codes += whole_block_bytes(kBits);
+      from += kRanks;
     }
   }
 
-  template <int kBits, bool kLevels>
-  __device__ __forceinline__ void multiply_block(const unsigned char* codes, int quads, int h_index,
-                                                 const __half* table, float (&acc)[8][4],
-                                                 float (&bias)[4]) const {
-    const int quad = min(lane % 4, quads - 1);
-    uint32_t words[2 * kBits];
-    load_words<kBits>(words, codes, lane / 4 * quads + quad, 8 * quads);
-    uint2 b = *reinterpret_cast<const uint2*>(h + h_index);
-    if (lane % 4 >= quads) b = make_uint2(0, 0);
-    uint32_t a[4];
-    if constexpr (kBits != 16) {
-      const uint4 grid =
-          *reinterpret_cast<const uint4*>(codes + u_code_bytes(kBits, 4 * quads) + 16 * quad);
-      b.x = bits_of(__hmul2(pair_of(b.x), pair_of(grid.x)));
-      b.y = bits_of(__hmul2(pair_of(b.y), pair_of(grid.y)));
-      a[1] = grid.z;
-      a[3] = grid.w;
-    }
-    if constexpr (kBiased<kBits, kLevels>) {
-      const uint2 biases = shared.biases[kBits][lane / 4];
-      a[0] = biases.x;
-      a[2] = biases.y;
-      multiply(bias, a, b.x, b.y);
-    }
+  // Consecutive blocks of `quads` quads of ranks each.
+  template <int kBits, bool kLevels, int kCount>
+  __device__ __forceinline__ void multiply_blocks(const unsigned char* codes, int quads,
+                                                  const __half* from, const __half* table,
+                                                  float (&acc)[8][4], float (&bias)[4]) const {
+    const int quad = min(lane % 4, quads - 1), lane_at = lane / 4 * quads + quad;
+    const int grid_at = u_code_bytes(kBits, 4 * quads) + 16 * quad;
+    uint2 biases = make_uint2(0, 0);
+    if constexpr (kBiased<kBits, kLevels>) biases = shared.biases[kBits][lane / 4];
 #pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      fragment<kBits, kLevels>(a, words, f, table);
-      multiply(acc[f], a, b.x, b.y);
+    for (int m = 0; m < kCount; ++m) {
+      const unsigned char* block = codes + m * whole_block_bytes(kBits);
+      uint32_t words[2 * kBits];
+      load_words<kBits>(words, block, lane_at, 8 * quads);
+      uint2 b = *reinterpret_cast<const uint2*>(from + m * block_ranks(kBits));
+      if (kCount == 1 && lane % 4 >= quads) b = make_uint2(0, 0);
+      uint32_t a[4];
+      if constexpr (kBits != 16) {
+        const uint2 scales = *reinterpret_cast<const uint2*>(block + grid_at);
+        b.x = bits_of(__hmul2(pair_of(b.x), pair_of(scales.x)));
+        b.y = bits_of(__hmul2(pair_of(b.y), pair_of(scales.y)));
+      }
+      if constexpr (kBiased<kBits, kLevels>) {
+        a[0] = biases.x;
+        a[1] = *reinterpret_cast<const uint32_t*>(block + grid_at + 8);
+        a[2] = biases.y;
+        a[3] = *reinterpret_cast<const uint32_t*>(block + grid_at + 12);
+        multiply(bias, a, b.x, b.y);
+      }
+#pragma unroll
+      for (int f = 0; f < 8; ++f) {
+        fragment<kBits, kLevels>(a, words, f, table);
+        multiply(acc[f], a, b.x, b.y);
+      }
     }
   }
 
@@ -351,23 +366,21 @@ template <typename T, int kTeam, int kTeams>
 __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
     expand_kernel(const __grid_constant__ Gemm gemm, int groups, int pitch) {
   extern __shared__ __align__(128) unsigned char memory[];
-  constexpr int kRings = kTeam * kTeams * kStages * kStageBytes;
-  auto& shared = *reinterpret_cast<Shared<kTeam, kTeams>*>(memory + kRings);
-  __half* h = reinterpret_cast<__half*>(memory + kRings + sizeof(shared));
-  const int warp = threadIdx.x / 32;
-  unsigned char* own = memory + warp * kStages * kStageBytes;
-  typename Run<T, kTeam, kTeams>::WarpRing ring(own, shared.barriers[warp]);
+  auto& shared = *reinterpret_cast<Shared<kTeam, kTeams>*>(memory);
+  __half* h = reinterpret_cast<__half*>(memory + sizeof(shared));
+  if (threadIdx.x < kTeams) shared.stages[threadIdx.x].initialize();
   store_all_biases(shared.biases);
   const int64_t all = static_cast<int64_t>(chunk_count(gemm)) * groups;
   const int64_t end = all * (blockIdx.x + 1) / gridDim.x;
+  Turn<kStages> turn;
   bool waited = false;
   for (int64_t item = all * blockIdx.x / gridDim.x; item < end;) {
     const Unit unit = unit_at(gemm, item, end, groups);
     item += unit.last - unit.first;
     if (!is_factored(unit.row)) continue;
-    list_steps(gemm, unit, shared);
+    const int steps = list_steps(gemm, unit, shared);
     __syncthreads();
-    Run<T, kTeam, kTeams> run(gemm, unit, shared, ring, own, h, pitch);
+    Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, steps, turn);
     if (!waited) after_previous();
     waited = true;
     let_next_begin();
@@ -389,9 +402,8 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   // Tokens 16 bytes apart in the banks' cycle of 128: eight lanes read different ones.
   const int pitch = ceil_div(gemm.ranks, 64) * 64 + 16;
   const int tokens = gemm.token_count < kTokens ? gemm.token_count : kTokens;
-  const int bytes = kTeam * kTeams * kStages * kStageBytes +
-                    static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch;
-  return launch_dependent(expand_kernel<T, kTeam, kTeams>, grid, 32 * kTeam * kTeams, bytes, stream,
+  const int bytes = static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch;
+  return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams, bytes, stream,
                           gemm, groups, pitch);
 }
 

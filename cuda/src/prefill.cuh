@@ -20,6 +20,7 @@
 
 #include "fragment.cuh"
 #include "ring.cuh"
+#include "stages.cuh"
 #include "step.cuh"
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -33,111 +34,6 @@ constexpr int kTokens = kPrefillTokens;
 constexpr int kConsumers = 8;               // warps that multiply
 constexpr int kThreads = 32 * (kConsumers + 4);  // of the other four one copies
 constexpr int kColumns = kTokens / 8;  // products of 8 tokens
-
-// ---- Stages ---------------------------------------------------------------------------------
-
-// A stage is full when all its bytes have arrived and empty when all consumers have read it.
-// Stages are taken in turn, so one counter gives place and parity.
-template <int kStages>
-struct Stages {
-  uint64_t full[kStages], empty[kStages];
-
-  __device__ __forceinline__ void initialize() {
-    if (threadIdx.x != 0) return;
-    for (int s = 0; s < kStages; ++s) {
-      initialize(full[s], kArrivalsOfACopy);
-      initialize(empty[s], kConsumers);
-    }
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
-  }
-
-  __device__ __forceinline__ void wait_full(int turn) { wait(full[turn % kStages], turn / kStages & 1); }
-  __device__ __forceinline__ void wait_empty(int turn) {
-    wait(empty[turn % kStages], (turn / kStages & 1) ^ 1);
-  }
-  // A consumer warp has read a stage.
-  __device__ __forceinline__ void release(int turn) {
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) {
-      asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(
-                       shared_address(&empty[turn % kStages]))
-                   : "memory");
-    }
-  }
-
-#if __CUDA_ARCH__ >= 900
-  static constexpr int kArrivalsOfACopy = 1;
-
-  // The producer warp announces all bytes of a stage, then copies them.
-  __device__ __forceinline__ void expect(int turn, int bytes) {
-    if (threadIdx.x % 32 != 0) return;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(
-                     shared_address(&full[turn % kStages])),
-                 "r"(bytes)
-                 : "memory");
-  }
-  // One lane's copy.
-  __device__ __forceinline__ void copy(int turn, void* to, const void* from, int bytes) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(&full[turn % kStages]))
-        : "memory");
-  }
-  __device__ __forceinline__ void close(int) {}
-#else
-  static constexpr int kArrivalsOfACopy = 32;
-
-  __device__ __forceinline__ void expect(int, int) {}
-  __device__ __forceinline__ void copy(int, void* to, const void* from, int bytes) {
-    for (int i = 0; i < bytes; i += 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + i),
-                   "l"(static_cast<const unsigned char*>(from) + i)
-                   : "memory");
-    }
-  }
-  // The producer warp has asked for all of a stage's copies.
-  __device__ __forceinline__ void close(int turn) {
-    asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(
-                     shared_address(&full[turn % kStages]))
-                 : "memory");
-  }
-#endif
-
-  // The whole producer warp copies a contiguous piece.
-  __device__ __forceinline__ void copy_wide(int turn, unsigned char* to, const void* from,
-                                            int bytes) {
-#if __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 == 0) copy(turn, to, from, bytes);
-#else
-    for (int i = threadIdx.x % 32 * 16; i < bytes; i += 512) {
-      copy(turn, to + i, static_cast<const unsigned char*>(from) + i, 16);
-    }
-#endif
-  }
-
- private:
-  __device__ static __forceinline__ void initialize(uint64_t& barrier, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
-                 "r"(count)
-                 : "memory");
-  }
-  __device__ static __forceinline__ void wait(uint64_t& barrier, int parity) {
-    asm volatile(
-        "{\n\t.reg .pred p;\n"
-        "again:\n\t"
-#if __CUDA_ARCH__ >= 900
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n\t"
-#else
-        "mbarrier.test_wait.parity.shared::cta.b64 p, [%0], %1;\n\t"
-#endif
-        "@!p bra again;\n\t}" ::"r"(shared_address(&barrier)),
-        "r"(parity)
-        : "memory");
-  }
-};
 
 // ---- Products -------------------------------------------------------------------------------
 

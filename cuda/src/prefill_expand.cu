@@ -83,16 +83,16 @@ __device__ __forceinline__ void for_all_steps(const Gemm& gemm, const int64_t* r
 template <int kStages>
 struct Shared {
   unsigned char stage[kStages][kStageBytes];
-  Stages<kStages> stages;
+  Stages<kStages, kConsumers> stages;
 };
 
 template <int kStages>
-__device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages>& shared, int& turn) {
+__device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages>& shared, Turn<kStages>& turn) {
   const int rows = image_rows(item.chunk.z);
   const int teams = min(kTeams, gemm.slices[item.slice].groups - item.group);
   const unsigned char* image = h_image(gemm, item.slice, item.chunk);
   for_all_steps(gemm, item.row, [&](const Step& step) {
-    unsigned char* stage = shared.stage[turn % kStages];
+    unsigned char* stage = shared.stage[turn.place];
     const int image_bytes = step.units * 16 * 2 * rows;
     shared.stages.wait_empty(turn);
     shared.stages.expect(turn, image_bytes + teams * step.bytes);
@@ -105,7 +105,7 @@ __device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages>& sha
           step.u + static_cast<int64_t>(item.group + team) * step.group_bytes, step.bytes);
     }
     shared.stages.close(turn);
-    ++turn;
+    turn.next();
   });
 }
 
@@ -168,36 +168,80 @@ __device__ __forceinline__ void load_unit(uint32_t (&a)[2][4], const unsigned ch
   }
 }
 
+// All units of a step, each whole: their weights are unpacked together.
+__device__ __forceinline__ void multiply_whole(float (&sums)[2][kColumns][4],
+                                               const unsigned char* codes,
+                                               const unsigned char* image, const Step& step, int rows,
+                                               bool active) {
+  uint32_t a[2 * kUnits][4];
+  if (active) {
+    dispatch(step.bits, step.codebook, [&]<int kBits, bool kLevels>() {
+      if constexpr (kBits != 16) {  // whose steps are of fewer units
+#pragma unroll
+        for (int unit = 0; unit < kUnits; ++unit) {
+          uint32_t own[2][4];
+          load_weights<kBits, kLevels>(own, codes + unit * whole_block_bytes(kBits), 4,
+                                       threadIdx.x % 4, step.levels);
+#pragma unroll
+          for (int i = 0; i < 8; ++i) a[2 * unit + i / 4][i % 4] = own[i / 4][i % 4];
+        }
+      }
+    });
+  }
+  __syncwarp();
+  keep_in_registers(a);
+  begin_products();
+#pragma unroll
+  for (int unit = 0; unit < kUnits; ++unit) {
+    multiply_tile(sums[0], a[2 * unit], image + unit * 32 * rows, 16 * rows, rows);
+    multiply_tile(sums[1], a[2 * unit + 1], image + unit * 32 * rows, 16 * rows, rows);
+  }
+  end_products();
+  wait_products();  // the other four warps unpack meanwhile
+  keep_in_registers(a);
+}
+
+// Any step, a unit at a time.
+__device__ __forceinline__ void multiply_units(float (&sums)[2][kColumns][4],
+                                               const unsigned char* codes,
+                                               const unsigned char* image, const Step& step, int rows,
+                                               bool active) {
+#pragma unroll 1
+  for (int unit = 0; unit < step.units; ++unit, image += 32 * rows) {
+    uint32_t a[2][4] = {};
+    if (active) {
+      dispatch(step.bits, step.codebook, [&]<int kBits, bool kLevels>() {
+        load_unit<kBits, kLevels>(a, codes, step, unit);
+      });
+    }
+    __syncwarp();
+    keep_in_registers(a);
+    begin_products();
+    multiply_tile(sums[0], a[0], image, 16 * rows, rows);
+    multiply_tile(sums[1], a[1], image, 16 * rows, rows);
+    end_products();
+    wait_products();
+    keep_in_registers(a);
+  }
+}
+
 template <typename T, int kStages>
-__device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages>& shared, int& turn) {
+__device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages>& shared, Turn<kStages>& turn) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = image_rows(item.chunk.z);
   const int group = item.group + warp / 4;
   const bool active = group < gemm.slices[item.slice].groups;
   float sums[2][kColumns][4] = {};
   for_all_steps(gemm, item.row, [&](const Step& step) {
-    const unsigned char* stage = shared.stage[turn % kStages];
+    const unsigned char* stage = shared.stage[turn.place];
     const unsigned char* codes = stage + kImageBytes + warp / 4 * kCodesBytes;
     shared.stages.wait_full(turn);
-#pragma unroll 1
-    for (int unit = 0; unit < step.units; ++unit) {
-      uint32_t a[2][4] = {};
-      if (active) {
-        dispatch(step.bits, step.codebook, [&]<int kBits, bool kLevels>() {
-          load_unit<kBits, kLevels>(a, codes, step, unit);
-        });
-      }
-      const unsigned char* image = stage + unit * 32 * rows;
-      __syncwarp();
-      keep_in_registers(a);
-      begin_products();
-      multiply_tile(sums[0], a[0], image, 16 * rows, rows);
-      multiply_tile(sums[1], a[1], image, 16 * rows, rows);
-      end_products();
-      wait_products();  // the other four warps unpack meanwhile
-      keep_in_registers(a);
+    if (step.units == kUnits && step.rank >= 16 * (step.first_unit + kUnits)) {
+      multiply_whole(sums, codes, stage, step, rows, active);
+    } else {
+      multiply_units(sums, codes, stage, step, rows, active);
     }
     shared.stages.release(turn);
-    ++turn;
+    turn.next();
   });
   if (!active || !is_factored(item.row)) return;
   // Lane 4q + c has outputs 16q + 4w .. + 3 of tokens 8j + 2c and 8j + 2c + 1.
@@ -227,12 +271,12 @@ __global__ void __launch_bounds__(kThreads, 1)
     expand_kernel(const __grid_constant__ Gemm gemm, int group_pairs) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kStages>*>(memory);
-  shared.stages.initialize();
+  if (threadIdx.x == 0) shared.stages.initialize();
   __syncthreads();
   const int items = chunk_count(gemm) * group_pairs;
   after_previous();
   let_next_begin();
-  int turn = 0;
+  Turn<kStages> turn;
   if (threadIdx.x / 32 >= kConsumers) {
     give_registers();
     if (threadIdx.x / 32 > kConsumers) return;

@@ -92,9 +92,9 @@ __global__ void __launch_bounds__(kRowThreads) h_kernel(const __grid_constant__ 
   for (int quad = threadIdx.x; quad < quads; quad += kRowThreads) {
     largest = fmaxf(largest, largest_of(h_quad(gemm, slice, order, quad)));
   }
-  const float scale = normalizer<7>(block_max(largest));
+  const float scale = normalizer<7>(block_max(largest));  // of h times what x's image was scaled by
   const int64_t place = static_cast<int64_t>(slice) * gemm.token_count + order;
-  if (threadIdx.x == 0) gemm.h_scale[place] = 1.f / scale;
+  if (threadIdx.x == 0) gemm.h_scale[place] = gemm.image_scale[order] / scale;
   const int rows = image_rows(chunk.z);
   unsigned char* image = h_image(gemm, slice, chunk);
   for (int quad = threadIdx.x; quad < quads; quad += kRowThreads) {

@@ -3,6 +3,8 @@
 //
 //   h[part, s, t, r] = sigma[r] * sum over part's k of V^[r, k] x[t, k]
 //
+// (times the power of two that x's image has; the image of h undoes it)
+//
 //   x  image (prefill.cuh)   V^ packed (layout.h)   h  float [parts, slices, tokens in plan order,
 //   ranks]; the image of h adds the parts
 //
@@ -83,13 +85,13 @@ __device__ __forceinline__ Item item_at(const Gemm& gemm, int index, int block_t
 template <int kStages, int kOwn>
 struct Shared {
   unsigned char stage[kStages][kImageBytes + kOwn * kConsumers * kMaxBlockBytes];
-  Stages<kStages> stages;
+  Stages<kStages, kConsumers> stages;
   int most;
 };
 
 template <int kStages, int kOwn>
 __device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages, kOwn>& shared,
-                        int& turn) {
+                        Turn<kStages>& turn) {
   constexpr int kBlocks = kOwn * kConsumers;
   const int lane = threadIdx.x % 32, rows = image_rows(item.chunk.z);
   const Block block = find_block(gemm, item.row, item.first_block + min(lane, kBlocks - 1));
@@ -97,8 +99,8 @@ __device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages, kOwn
   const int all = image_bytes + __reduce_add_sync(0xffffffffu, own);
   const unsigned char* image =
       gemm.image + static_cast<int64_t>(item.chunk.w) * gemm.in_groups * 2 * kGroup;
-  for (int group = item.first_group; group < item.last_group; ++group, ++turn) {
-    unsigned char* stage = shared.stage[turn % kStages];
+  for (int group = item.first_group; group < item.last_group; ++group, turn.next()) {
+    unsigned char* stage = shared.stage[turn.place];
     shared.stages.wait_empty(turn);
     shared.stages.expect(turn, all);
     __syncwarp();
@@ -142,28 +144,25 @@ __device__ __forceinline__ void write_h(const Gemm& gemm, const Item& item, cons
                                         const Sums& sums) {
   const int lane = threadIdx.x % 32, rank = 2 * (lane / 4);
   if (rank >= block.h_ranks) return;
-  const float low = rank < block.ranks ? block.sigma[rank] : 0.f;
-  const float high = rank + 1 < block.ranks ? block.sigma[rank + 1] : 0.f;
+  // A rank that the block lacks repeats another's codes: it must be zero.
+  const bool first = rank < block.ranks, second = rank + 1 < block.ranks;
+  const float low = first ? block.sigma[rank] : 0.f, high = second ? block.sigma[rank + 1] : 0.f;
+  const int token = 2 * (lane % 4), left = item.chunk.z - token;
+  float* to = h_row(gemm, item.part, item.slice, item.chunk.y + token) + block.h_index + rank;
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
+  for (int j = 0; j < kColumns; ++j, to += 8 * static_cast<int64_t>(gemm.ranks)) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      const int token = 8 * j + 2 * (lane % 4) + column, order = item.chunk.y + token;
-      if (token >= item.chunk.z) continue;
-      const float scale = __ldcg(gemm.image_scale + order);
-      // A rank that the block lacks repeats another's codes: it must be zero.
-      const float2 value = make_float2(rank < block.ranks ? sums[j][column] * (low * scale) : 0.f,
-                                       rank + 1 < block.ranks ? sums[j][2 + column] * (high * scale)
-                                                              : 0.f);
-      float* to = h_row(gemm, item.part, item.slice, order) + block.h_index + rank;
-      *reinterpret_cast<float2*>(to) = value;
+      if (8 * j + column >= left) continue;
+      *reinterpret_cast<float2*>(to + column * gemm.ranks) =
+          make_float2(first ? sums[j][column] * low : 0.f, second ? sums[j][2 + column] * high : 0.f);
     }
   }
 }
 
 template <int kStages, int kOwn>
 __device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages, kOwn>& shared,
-                        int& turn) {
+                        Turn<kStages>& turn) {
   const int warp = threadIdx.x / 32, rows = image_rows(item.chunk.z);
   Block blocks[kOwn];
 #pragma unroll
@@ -171,8 +170,8 @@ __device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages, kOwn
     blocks[i] = find_block(gemm, item.row, item.first_block + i * kConsumers + warp);
   }
   float sums[kOwn][kColumns][4] = {};
-  for (int group = item.first_group; group < item.last_group; ++group, ++turn) {
-    const unsigned char* stage = shared.stage[turn % kStages];
+  for (int group = item.first_group; group < item.last_group; ++group, turn.next()) {
+    const unsigned char* stage = shared.stage[turn.place];
     shared.stages.wait_full(turn);
 #pragma unroll
     for (int i = 0; i < kOwn; ++i) {
@@ -205,13 +204,13 @@ template <int kStages, int kOwn>
 __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(const __grid_constant__ Gemm gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kStages, kOwn>*>(memory);
-  shared.stages.initialize();
+  if (threadIdx.x == 0) shared.stages.initialize();
   const int most = most_blocks(gemm, &shared.most), blocks = kOwn * kConsumers;
   const int block_tiles = ceil_div(most, blocks);
   const int items = chunk_count(gemm) * gemm.slice_count * gemm.tiles * block_tiles;
   after_previous();
   let_next_begin();
-  int turn = 0;
+  Turn<kStages> turn;
   if (threadIdx.x / 32 >= kConsumers) {
     give_registers();
     if (threadIdx.x / 32 > kConsumers) return;

@@ -8,22 +8,23 @@
 // flops are nothing beside it. What must be avoided is the integer pipe: see fragment.cuh.
 //
 // A tile is at most 32 groups of 128 features; how a row is cut depends on in_features alone. The
-// 8 warps of a block of threads divide the groups of a tile: each keeps its part of x in registers,
-// as the operand of the tensor core's 8 columns, and streams its groups of one block of 16 ranks
-// (the 16-row operand) after another through its own ring (ring.cuh). Per group P = sum of biased
-// codes * x, where the sum starts at minus what the biases contribute, D; with S = sum of x, a
-// block's sum is acc += scale * (P - zero * S). D and S come from one more product a group, with the
-// biases in rows 0-7 and ones in rows 8-15, when x or the bit width changes. Every four blocks of
-// ranks the warps meet and add their sums in warp order. So a token's bits depend on nothing but its
-// slot and x.
+// groups of a tile go to the 8 warps of a block of threads in turn; each keeps its part of x in
+// registers, as the operand of the tensor core's 8 columns, while one block of 16 ranks (the 16-row
+// operand) after another streams through stages that all warps share (stages.cuh; a block's groups
+// are contiguous). Per group P = sum of biased codes * x, where the sum starts at minus what the
+// biases contribute, D; with S = sum of x, a block's sum is acc += scale * (P - zero * S). D and S
+// come from one more product a group, with the biases in rows 0-7 and ones in rows 8-15, when x or
+// the bit width changes. Every four blocks of ranks the warps meet and add their sums in warp order.
+// So a token's bits depend on nothing but its slot and x.
 //
 // The launch's work, all blocks of ranks of every (tokens of one tenant, slice, tile), is cut into
-// equal runs, one a block of threads.
+// equal runs, one a block of threads; a run is worked off in batches whose steps are listed first.
 #include <cuda_bf16.h>
 
 #include "fragment.cuh"
 #include "kernels.h"
 #include "ring.cuh"
+#include "stages.cuh"
 #include "step.cuh"
 
 namespace dw {
@@ -34,18 +35,21 @@ constexpr int kTeamThreads = 32 * kTeam;
 constexpr int kResident = 2;  // blocks of threads a multiprocessor
 constexpr int kWarpGroups = kTileGroups / kTeam;
 constexpr int kStages = 3;
-constexpr int kStageBytes = 2304;  // four groups of 2 bits
+constexpr int kStageBytes = 8 * 2304;  // 32 groups of 2 bits
 constexpr int kTokens = 8;
 constexpr int kBatch = 4;           // blocks of ranks between two meetings
 constexpr int kTokenPitch = 16 + 4;  // floats between tokens of a partial sum: no bank conflicts
-constexpr int kUnits = 4;            // listed at a time
+constexpr int kUnits = 4;            // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
+constexpr int kBlocks = 64;  // of ranks, of a batch
+constexpr int kSteps = kBlocks * kWarpGroups;
 constexpr uint32_t kOnes = 0x3c003c00u;
 
-// Groups of a block of ranks that one stage holds.
+// Groups of a block of ranks that one stage holds, a warp.
 DW_HD constexpr int groups_a_step(int bits) { return bits <= 2 ? 4 : bits <= 4 ? 2 : 1; }
-static_assert(4 * whole_block_bytes(2) <= kStageBytes && 2 * whole_block_bytes(4) <= kStageBytes &&
-                  kMaxBlockBytes <= kStageBytes,
+static_assert(4 * whole_block_bytes(2) * kTeam <= kStageBytes &&
+                  2 * whole_block_bytes(4) * kTeam <= kStageBytes &&
+                  kMaxBlockBytes * kTeam <= kStageBytes,
               "every step fits a stage");
 
 // Consecutive blocks of ranks of one band, for one chunk of tokens, slice and tile.
@@ -59,28 +63,41 @@ struct Segment {
   int first, last;  // blocks
   int rank;         // of the band
   int bits;
+  int first_group, groups;  // of the tile
+  int first_step, steps;    // of a block
   bool codebook;
 };
 
+// What one stage holds.
+struct Step {
+  const unsigned char* from;
+  int bytes;
+};
+
 struct Shared {
+  unsigned char stage[kStages][kStageBytes];
+  Stages<kStages, kTeam> stages;
+  Step steps[kSteps];
   Segment segments[kSegments];
-  int segment_count;
+  int segment_count, step_count;
   int most;
   struct {
     const Segment* segment;
     int block;
   } pending[2][kBatch];
-  float4 sums[kTeam][kWarpGroups][4];  // -D, -D, S, S of tokens 2c and 2c + 1
+  float4 bias[kTeam][kWarpGroups][4];  // -D of tokens 2c and 2c + 1, twice: where sums start
+  float2 sum[kTeam][kWarpGroups][4];   // S of both
   float partial[2][kBatch][kTeam][kTokens * kTokenPitch];
-  uint64_t barriers[kTeam][kStages];
 };
 
 struct Range {
   int64_t first, last;
 };
 
-// Warp 0 lists the segments of `range` within kUnits units from `unit`: a lane a (unit, band).
-__device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int most, Shared& shared) {
+// Warp 0 lists the segments of `range`, which lies within kUnits units from `unit`: a lane a (unit,
+// band).
+__device__ void list_segments(const Gemm& gemm, Range range, int64_t unit,
+                              int64_t most, Shared& shared) {
   const int lane = threadIdx.x, band = lane % DW_MAX_BANDS;
   const int64_t own = unit + lane / DW_MAX_BANDS;
   Segment segment = {};
@@ -113,8 +130,21 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int m
   segment.first = static_cast<int>(max(low - block_start, int64_t{0}));
   segment.last = static_cast<int>(min(high - block_start, static_cast<int64_t>(blocks)));
   const bool valid = segment.first < segment.last;
+  segment.tile = static_cast<int>(own % gemm.tiles);
+  segment.first_group = segment.tile * gemm.tile_groups;
+  segment.groups = min(gemm.tile_groups, gemm.in_groups - segment.first_group);
+  segment.steps = ceil_div(ceil_div(segment.groups, kTeam), groups_a_step(segment.bits));
+  const int steps = valid ? (segment.last - segment.first) * segment.steps : 0;
+  int stop = steps;  // inclusive sum over the segments
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int more = __shfl_up_sync(0xffffffffu, stop, step);
+    if (lane >= step) stop += more;
+  }
+  segment.first_step = stop - steps;
   const unsigned all = __ballot_sync(0xffffffffu, valid);
   if (lane == 0) shared.segment_count = __popc(all);
+  if (lane == 31) shared.step_count = stop;
   if (!valid) return;
   const int pair = static_cast<int>(own / gemm.tiles), slice = pair % gemm.slice_count;
   const int4 chunk = chunk_of(gemm, pair / gemm.slice_count);
@@ -125,72 +155,31 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int m
   segment.order = chunk.y;
   segment.tokens = chunk.z;
   segment.unit = static_cast<int>(own);
-  segment.tile = static_cast<int>(own % gemm.tiles);
   segment.h = h_row(gemm, segment.tile, slice, chunk.y) + rank_start;
   shared.segments[__popc(all & ((1u << lane) - 1))] = segment;
 }
 
-// Which groups of a tile a warp has.
-struct Groups {
-  int first, count;
-
-  __device__ __forceinline__ Groups(const Gemm& gemm, int tile) {
-    const int size = gemm.tile_groups, each = ceil_div(size, kTeam);
-    const int start = tile * size, stop = min(start + size, gemm.in_groups);
-    first = start + threadIdx.x / 32 * each;
-    count = max(0, min(each, stop - first));
+// Lists the steps of all segments, a thread a step.
+__device__ __forceinline__ void list_steps(const Gemm& gemm, Shared& shared) {
+  for (int index = threadIdx.x; index < shared.step_count; index += kTeamThreads) {
+    int s = 0;
+    while (s + 1 < shared.segment_count && shared.segments[s + 1].first_step <= index) ++s;
+    const Segment& segment = shared.segments[s];
+    const int bits = segment.bits, place = index - segment.first_step;
+    const int block = segment.first + place / segment.steps;
+    const int first = place % segment.steps * groups_a_step(bits) * kTeam;
+    const int count = min(groups_a_step(bits) * kTeam, segment.groups - first);
+    const bool last = block == block_count(bits, segment.rank) - 1;
+    const int whole = whole_block_bytes(bits);
+    const int bytes = last ? v_block_bytes(bits, last_block_ranks(bits, segment.rank)) : whole;
+    shared.steps[index] = {segment.v + static_cast<int64_t>(block) * gemm.in_groups * whole +
+                               static_cast<int64_t>(segment.first_group + first) * bytes,
+                           count * bytes};
   }
-};
+}
 
-// Walks a batch of segments step by step, ahead of their use.
-struct Filler {
-  const Gemm& gemm;
-  const Shared& shared;
-  int segment = -1, block = 0, last = 0, first = 0, group = 0, groups = 0, step = 1;
-  int whole = 0, tail = 0, tail_block = 0;  // bytes of a block, of the band's last, its index
-  const unsigned char* v = nullptr;         // all groups of `block`
-
-  __device__ __forceinline__ Filler(const Gemm& gemm, const Shared& shared)
-      : gemm(gemm), shared(shared) {
-    next_segment();
-  }
-
-  __device__ __forceinline__ void next_segment() {
-    do {
-      if (++segment >= shared.segment_count) return;
-      const Segment& now = shared.segments[segment];
-      const Groups own(gemm, now.tile);
-      groups = own.count;
-      step = groups_a_step(now.bits);
-      whole = whole_block_bytes(now.bits);
-      tail_block = block_count(now.bits, now.rank) - 1;
-      tail = v_block_bytes(now.bits, last_block_ranks(now.bits, now.rank));
-      block = now.first;
-      last = now.last;
-      v = now.v + static_cast<int64_t>(block) * gemm.in_groups * whole;
-      first = own.first;
-    } while (groups == 0);
-    group = 0;
-  }
-
-  template <typename R>
-  __device__ __forceinline__ void fill(R& ring, int stage) {
-    if (segment >= shared.segment_count) {
-      ring.skip();
-      return;
-    }
-    const int bytes = block == tail_block ? tail : whole;
-    const int count = min(step, groups - group);
-    ring.fill(stage, v + (first + group) * bytes, count * bytes);
-    group += step;
-    if (group < groups) return;
-    group = 0;
-    v += static_cast<int64_t>(gemm.in_groups) * whole;
-    if (++block == last) next_segment();
-  }
-};
-
-// x of eight tokens and a warp's groups, as the tensor core's columns.
+// x of eight tokens and a warp's groups (of a tile the warp-th of every eight), as the tensor core's
+// columns.
 struct Activations {
   uint4 of[kWarpGroups][4];
 
@@ -198,19 +187,20 @@ struct Activations {
 
   // A bf16 row's part is multiplied by a power of two that lets it fit into fp16.
   template <typename T>
-  __device__ __forceinline__ void load(const Gemm& gemm, const Segment& segment, Groups own) {
+  __device__ __forceinline__ void load(const Gemm& gemm, const Segment& segment) {
+    const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
     const int order = segment.order + min(lane / 4, segment.tokens - 1);
     const int64_t token = token_at(gemm, order);
-    const T* row = static_cast<const T*>(gemm.x) + token * gemm.x_stride + own.first * kGroup;
+    const T* row = static_cast<const T*>(gemm.x) + token * gemm.x_stride +
+                   (segment.first_group + warp) * kGroup + 8 * (lane % 4);
 #pragma unroll
     for (int g = 0; g < kWarpGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         of[g][i] = make_uint4(0, 0, 0, 0);
-        if (g < own.count) {
-          of[g][i] =
-              __ldcg(reinterpret_cast<const uint4*>(row + g * kGroup + 32 * i + 8 * (lane % 4)));
+        if (g * kTeam + warp < segment.groups) {
+          of[g][i] = __ldcg(reinterpret_cast<const uint4*>(row + g * kTeam * kGroup + 32 * i));
         }
       }
     }
@@ -258,8 +248,8 @@ struct Activations {
 };
 
 template <int kBits>
-__device__ __forceinline__ void find_sums(const Activations& x, float4 (&sums)[kWarpGroups][4]) {
-  const int lane = threadIdx.x % 32;
+__device__ __forceinline__ void find_sums(const Activations& x, Shared& shared) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int g = 0; g < kWarpGroups; ++g) {
     float found[4] = {};
@@ -269,88 +259,118 @@ __device__ __forceinline__ void find_sums(const Activations& x, float4 (&sums)[k
       const uint2 columns = x.columns(g, f);
       multiply(found, a, columns.x, columns.y);
     }
-    if (lane < 4) sums[g][lane] = make_float4(-found[0], -found[1], found[2], found[3]);
+    if (lane >= 4) continue;
+    shared.bias[warp][g][lane] = make_float4(-found[0], -found[1], -found[0], -found[1]);
+    shared.sum[warp][g][lane] = make_float2(found[2], found[3]);
   }
   __syncwarp();
 }
 
-// acc += this warp's part of one group of a block of ranks.
-template <int kBits, bool kLevels>
-__device__ __forceinline__ void add_group(float (&acc)[4], const unsigned char* block, int ranks,
-                                          const Activations& x, int g, const float4* sums,
-                                          const __half* levels) {
-  const int lane = threadIdx.x % 32, pairs = ceil_div(ranks, 2), pair = min(lane / 4, pairs - 1);
-  uint32_t words[2 * kBits];
-  load_words<kBits>(words, block, 4 * pair + lane % 4, 4 * pairs);
-  float product[4] = {};
-  float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-  if constexpr (kBiased<kBits, kLevels>) {
-    sum = sums[lane % 4];
-    product[0] = product[2] = sum.x;
-    product[1] = product[3] = sum.y;
+// Where a lane finds its codes and the (scale, zero) of its two ranks in a block.
+struct Place {
+  int bytes, lane, lanes, grid;
+
+  __device__ __forceinline__ Place(int ranks, int bits) {
+    const int pairs = ceil_div(ranks, 2), pair = min(static_cast<int>(threadIdx.x) % 32 / 4, pairs - 1);
+    bytes = v_block_bytes(bits, ranks);
+    lanes = 4 * pairs;
+    lane = 4 * pair + threadIdx.x % 4;
+    grid = v_code_bytes(bits, ranks) + 8 * pair;
+  }
+};
+
+// acc += the warp's part of kCount groups from `first` on, of one block of ranks. Groups are worked
+// on together, so that no product waits for the one before it.
+template <int kBits, bool kLevels, int kCount>
+__device__ __forceinline__ void add_groups(float (&acc)[4], const unsigned char* codes,
+                                           const Place& place, const Activations& x, int first,
+                                           const float4* bias, const float2* sum,
+                                           const __half* levels) {
+  const int stride = kTeam * place.bytes;  // between groups of a warp
+  uint32_t words[kCount][2 * kBits];
+  float product[kCount][4] = {};
+#pragma unroll
+  for (int g = 0; g < kCount; ++g) {
+    load_words<kBits>(words[g], codes + g * stride, place.lane, place.lanes);
+    if constexpr (kBiased<kBits, kLevels>) {
+      const float4 start = bias[4 * g];
+      product[g][0] = start.x;
+      product[g][1] = start.y;
+      product[g][2] = start.z;
+      product[g][3] = start.w;
+    }
   }
 #pragma unroll
   for (int f = 0; f < 8; ++f) {
-    uint32_t a[4];
-    fragment<kBits, kLevels>(a, words, f, levels);
-    const uint2 columns = x.columns(g, f);
-    multiply(product, a, columns.x, columns.y);
-  }
-  if constexpr (kBits == 16) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) acc[j] += product[j];
-  } else {
-    const uint2 grid = *reinterpret_cast<const uint2*>(block + v_code_bytes(kBits, ranks) + 8 * pair);
-    const float2 low = __half22float2(pair_of(grid.x)), high = __half22float2(pair_of(grid.y));
-    acc[0] = fmaf(low.x, fmaf(-low.y, sum.z, product[0]), acc[0]);
-    acc[1] = fmaf(low.x, fmaf(-low.y, sum.w, product[1]), acc[1]);
-    acc[2] = fmaf(high.x, fmaf(-high.y, sum.z, product[2]), acc[2]);
-    acc[3] = fmaf(high.x, fmaf(-high.y, sum.w, product[3]), acc[3]);
+    for (int g = 0; g < kCount; ++g) {
+      uint32_t a[4];
+      fragment<kBits, kLevels>(a, words[g], f, levels);
+      const uint2 columns = x.columns(first + g, f);
+      multiply(product[g], a, columns.x, columns.y);
+    }
+  }
+#pragma unroll
+  for (int g = 0; g < kCount; ++g) {
+    if constexpr (kBits == 16) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) acc[j] += product[g][j];
+    } else {
+      const uint2 grid = *reinterpret_cast<const uint2*>(codes + g * stride + place.grid);
+      const float2 low = __half22float2(pair_of(grid.x)), high = __half22float2(pair_of(grid.y));
+      const float2 s = kBiased<kBits, kLevels> ? sum[4 * g] : make_float2(0.f, 0.f);
+      acc[0] = fmaf(low.x, fmaf(-low.y, s.x, product[g][0]), acc[0]);
+      acc[1] = fmaf(low.x, fmaf(-low.y, s.y, product[g][1]), acc[1]);
+      acc[2] = fmaf(high.x, fmaf(-high.y, s.x, product[g][2]), acc[2]);
+      acc[3] = fmaf(high.x, fmaf(-high.y, s.y, product[g][3]), acc[3]);
+    }
   }
 }
 
-// One block of threads' run through its segments.
+// One block of threads' run through its batches.
 template <typename T>
 struct Run {
-  using WarpRing = Ring<kStages, kStageBytes>;
-
   const Gemm& gemm;
   Shared& shared;
-  WarpRing& ring;
-  const unsigned char* memory;  // the ring's
-  Filler filler;
   int lane, warp;
-  int stage = 0, waiting = 0, phase = 0;
+  Turn<kStages> turn;  // of the stages, over all batches
+  int step = 0;        // of the batch
+  int waiting = 0, phase = 0;
   Activations x;
 
-  __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared, WarpRing& ring,
-                                 const unsigned char* memory)
-      : gemm(gemm),
-        shared(shared),
-        ring(ring),
-        memory(memory),
-        filler(gemm, shared),
-        lane(threadIdx.x % 32),
-        warp(threadIdx.x / 32) {
-#pragma unroll
-    for (int s = 0; s < kStages - 1; ++s) filler.fill(ring, s);
+  __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
+      : gemm(gemm), shared(shared), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
+
+  // Asks for a step of the batch, if there is one, `ahead` turns before its use.
+  __device__ __forceinline__ void fill(int ahead) {
+    if (step + ahead >= shared.step_count) return;
+    const Step next = shared.steps[step + ahead];
+    const Turn<kStages> to = turn.ahead(ahead);
+    shared.stages.wait_empty(to);
+    shared.stages.expect(to, next.bytes);
+    shared.stages.copy_wide(to, shared.stage[to.place], next.from, next.bytes);
+    shared.stages.close(to);
   }
 
-  __device__ __forceinline__ void all_segments() {
+  __device__ __forceinline__ void begin_batch() {
+    step = 0;
+    if (warp < kStages - 1) fill(warp);
+  }
+
+  __device__ __forceinline__ void run_batch() {
     int unit = -1, bits = 0;
     for (int s = 0; s < shared.segment_count; ++s) {
       const Segment& segment = shared.segments[s];
-      const Groups own(gemm, segment.tile);
       const bool fresh = segment.unit != unit;
-      if (fresh) x.load<T>(gemm, segment, own);
+      if (fresh) x.load<T>(gemm, segment);
       const bool other = fresh || segment.bits != bits;
       unit = segment.unit;
       bits = segment.bits;
       dispatch(segment.bits, segment.codebook, [&]<int kBits, bool kLevels>() {
         if constexpr (kBiased<kBits, kLevels>) {
-          if (other) find_sums<kBits>(x, shared.sums[warp]);
+          if (other) find_sums<kBits>(x, shared);
         }
-        blocks<kBits, kLevels>(segment, own.count);
+        blocks<kBits, kLevels>(segment);
       });
       if (segment.codebook || segment.bits == 16) bits = 0;  // no sums were found
     }
@@ -359,27 +379,49 @@ struct Run {
   }
 
   template <int kBits, bool kLevels>
-  __device__ __forceinline__ void blocks(const Segment& segment, int groups) {
+  __device__ __forceinline__ void blocks(const Segment& segment) {
     constexpr int kStep = groups_a_step(kBits);
-    const int tail = block_count(kBits, segment.rank) - 1;
-    for (int block = segment.first; block < segment.last; ++block) {
-      const int ranks = block == tail ? last_block_ranks(kBits, segment.rank) : block_ranks(kBits);
-      const int bytes = v_block_bytes(kBits, ranks);
+    const int tail = block_count(kBits, segment.rank) - 1, last = segment.last;
+    const int groups = max(0, ceil_div(segment.groups - warp, kTeam));  // this warp's
+    const int all = ceil_div(segment.groups, kTeam);                    // the first warp's
+    Place place(block_ranks(kBits), kBits);
+    for (int block = segment.first; block < last; ++block) {
+      if (block == tail) place = Place(last_block_ranks(kBits, segment.rank), kBits);
+      const int bytes = place.bytes;
       float acc[4] = {};
 #pragma unroll
       for (int start = 0; start < kWarpGroups; start += kStep) {
-        if (start >= groups) break;
-        ring.wait(stage);
-        filler.fill(ring, stage == 0 ? kStages - 1 : stage - 1);
-        const unsigned char* codes = memory + stage * kStageBytes;
-#pragma unroll
-        for (int i = 0; i < kStep; ++i) {
-          if (start + i >= groups) break;
-          add_group<kBits, kLevels>(acc, codes + i * bytes, ranks, x, start + i,
-                                    shared.sums[warp][start + i], segment.levels);
+        if (start >= all) break;
+        if (warp == step % kTeam) fill(kStages - 1);
+        shared.stages.wait_full(turn);
+        const unsigned char* codes = shared.stage[turn.place] + warp * bytes;
+        const int left = groups - start;
+        const auto add = [&]<int kFirst, int kCount>() {
+          add_groups<kBits, kLevels, kCount>(
+              acc, codes + kFirst * kTeam * bytes, place, x, start + kFirst, &shared.bias[warp][start + kFirst][lane % 4],
+              &shared.sum[warp][start + kFirst][lane % 4], segment.levels);
+        };
+        if constexpr (kStep == 4) {
+          if (left >= 4) {
+            add.template operator()<0, 2>();
+            add.template operator()<2, 2>();
+          } else {
+            if (left > 0) add.template operator()<0, 1>();
+            if (left > 1) add.template operator()<1, 1>();
+            if (left > 2) add.template operator()<2, 1>();
+          }
+        } else if constexpr (kStep == 2) {
+          if (left >= 2) {
+            add.template operator()<0, 2>();
+          } else if (left > 0) {
+            add.template operator()<0, 1>();
+          }
+        } else {
+          if (left > 0) add.template operator()<0, 1>();
         }
-        __syncwarp();
-        stage = stage + 1 == kStages ? 0 : stage + 1;
+        shared.stages.release(turn);
+        turn.next();
+        ++step;
       }
       keep(acc, segment, block);
     }
@@ -404,21 +446,24 @@ struct Run {
   // Adds the warps' sums of the waiting blocks in warp order and writes h.
   __device__ __forceinline__ void meet() {
     __syncthreads();
-    const int count = waiting;
-    for (int i = threadIdx.x; i < count * 16 * kTokens; i += kTeamThreads) {
-      const int place = i / (16 * kTokens), token = i / 16 % kTokens, rank = i % 16;
+    // 64 threads a block: four tokens of 16 ranks at a time.
+    const int place = threadIdx.x / (kTeamThreads / kBatch), rank = threadIdx.x % 16;
+    if (place < waiting) {
       const Segment& segment = *shared.pending[phase][place].segment;
-      if (token >= segment.tokens) continue;
       const int size = block_ranks(segment.bits), block = shared.pending[phase][place].block;
-      const int r = block * size + rank, padded = padded_rank(segment.rank);
-      if (rank >= size && r < padded - 8) continue;  // ranks of the next block, which has eight
-      float value = 0.f;
+      const int r = block * size + rank;
+      // A 16-bit block has eight ranks; zeros follow the last to the band's end.
+      const bool last = (block + 1) * size >= segment.rank;
+      const bool written = rank < size || (last && r < padded_rank(segment.rank));
+      for (int token = threadIdx.x / 16 % 4; written && token < segment.tokens; token += 4) {
+        float value = 0.f;
 #pragma unroll
-      for (int w = 0; w < kTeam; ++w) {
-        value += shared.partial[phase][place][w][token * kTokenPitch + rank];
+        for (int w = 0; w < kTeam; ++w) {
+          value += shared.partial[phase][place][w][token * kTokenPitch + rank];
+        }
+        value = r < segment.rank ? value * segment.sigma[r] : 0.f;
+        segment.h[static_cast<int64_t>(token) * gemm.ranks + r] = value;
       }
-      value = r < segment.rank ? value * segment.sigma[r] : 0.f;
-      segment.h[static_cast<int64_t>(token) * gemm.ranks + r] = value;
     }
     waiting = 0;
     phase ^= 1;
@@ -429,37 +474,39 @@ template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kResident)
     shrink_kernel(const __grid_constant__ Gemm gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
-  unsigned char* rings = memory;
-  Shared& shared = *reinterpret_cast<Shared*>(memory + kTeam * kStages * kStageBytes);
-  const int warp = threadIdx.x / 32;
-  typename Run<T>::WarpRing ring(rings + warp * kStages * kStageBytes, shared.barriers[warp]);
-  const int pairs = chunk_count(gemm) * gemm.slice_count;
-  const int most = most_blocks(gemm, &shared.most);
-  const int64_t all = static_cast<int64_t>(pairs) * gemm.tiles * most;
+  Shared& shared = *reinterpret_cast<Shared*>(memory);
+  if (threadIdx.x == 0) shared.stages.initialize();
+  const int64_t most = most_blocks(gemm, &shared.most);
+  const int64_t units = static_cast<int64_t>(chunk_count(gemm)) * gemm.slice_count * gemm.tiles;
   // Units are counted as if all had the most blocks.
-  const Range range = {all * blockIdx.x / gridDim.x, all * (blockIdx.x + 1) / gridDim.x};
+  const Range range = {units * most * blockIdx.x / gridDim.x,
+                       units * most * (blockIdx.x + 1) / gridDim.x};
+  Run<T> run(gemm, shared);
   bool waited = false;
-  for (int64_t unit = most > 0 ? range.first / most : 0; unit * most < range.last; unit += kUnits) {
-    if (warp == 0) list_segments(gemm, range, unit, most, shared);
+  for (int64_t first = range.first; first < range.last;) {
+    const int64_t unit = first / most;
+    const Range batch = {first, min(min(range.last, first + kBlocks), (unit + kUnits) * most)};
+    if (threadIdx.x < 32) list_segments(gemm, batch, unit, most, shared);
     __syncthreads();
-    Run<T> run(gemm, shared, ring, rings + warp * kStages * kStageBytes);
+    list_steps(gemm, shared);
+    __syncthreads();
+    run.begin_batch();
     if (!waited) after_previous();
     waited = true;
     let_next_begin();
-    run.all_segments();
+    run.run_batch();
+    first = batch.last;
   }
   if (!waited) after_previous();
 }
 
 template <typename T>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
-  const auto kernel = shrink_kernel<T>;
-  constexpr int kBytes = kTeam * kStages * kStageBytes + static_cast<int>(sizeof(Shared));
   const int64_t most =
       static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
   const int64_t resident = static_cast<int64_t>(multiprocessors()) * kResident;
   const int grid = static_cast<int>(most < resident ? most : resident);
-  return launch_dependent(kernel, grid, kTeamThreads, kBytes, stream, gemm);
+  return launch_dependent(shrink_kernel<T>, dim3(grid), kTeamThreads, sizeof(Shared), stream, gemm);
 }
 
 }  // namespace
