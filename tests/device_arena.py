@@ -74,14 +74,19 @@ class DeviceArena:
 
     def repack_tensors(self, slot: int, index: int, shape: Record, tensors: Mapping[str, torch.Tensor]) -> None:
         """File-order tensors, by the name of their field in RepackArgs, into a reserved slot."""
+        arguments = self.repack_arguments(slot, index, shape, tensors)
+        self.library.repack(arguments, torch.cuda.current_stream().cuda_stream)
+        torch.cuda.synchronize()  # the tensors may go
+
+    def repack_arguments(self, slot: int, index: int, shape: Record, tensors: Mapping[str, torch.Tensor]) -> RepackArgs:
+        """The call that repacks tensors, which the caller keeps alive."""
         place = self.arena.payload(slot, index)
         arguments = RepackArgs(record=shape, parameter=self.arena.parameters[index])
         for name, tensor in tensors.items():
             setattr(arguments, name, tensor.data_ptr())
         arguments.payload = self.buffer.data_ptr() + place.offset
         arguments.payload_bytes = place.bytes
-        self.library.repack(arguments, torch.cuda.current_stream().cuda_stream)
-        torch.cuda.synchronize()  # the tensors may go
+        return arguments
 
     def publish(self, slot: int) -> None:
         """Commits a slot and copies its directory rows."""
