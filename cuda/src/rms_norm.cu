@@ -49,6 +49,7 @@ __global__ void __launch_bounds__(kBlock)
   const T* x = static_cast<const T*>(norm.x) + token * norm.x_token_stride +
                place * norm.x_row_stride;
   T* y = static_cast<T*>(norm.y) + token * norm.y_token_stride + place * norm.y_row_stride;
+  const float* own = find_values(norm.batch, norm.parameter, token);
   const int start = threadIdx.x % kRowThreads * 8;
   float values[8], sum = 0.f;
   for (int first = start; first < norm.features; first += 8 * kRowThreads) {
@@ -57,7 +58,6 @@ __global__ void __launch_bounds__(kBlock)
     for (int i = 0; i < 8; ++i) sum += values[i] * values[i];
   }
   const float scale = rsqrtf(sum_row<kRowThreads>(sum) / norm.features + norm.epsilon);
-  const float* own = find_values(norm.batch, norm.parameter, token);
   const T* base = static_cast<const T*>(norm.weight);
   for (int first = start; first < norm.features; first += 8 * kRowThreads) {
     float weights[8];
