@@ -28,8 +28,6 @@ from torch import nn
 __all__ = ["Arena", "ArenaError", "SlotSettings"]
 
 ALIGNMENT = 256
-# Tokens that a tenant may add to the base's vocabulary where nobody says how many.
-SPARE_TOKENS = 256
 
 
 class ArenaError(DeltaweaveError, ValueError):
@@ -66,13 +64,12 @@ class SlotSettings:
     rotary_scale: torch.Tensor
 
     @classmethod
-    def of(cls, model: nn.Module, slots: int, device: torch.device) -> SlotSettings:
+    def of(cls, table: ParameterTable, slots: int, device: torch.device) -> SlotSettings:
         """The base's for every slot."""
-        rotary: Any = model.get_submodule("model.rotary_emb")
         return cls(
-            vocabulary=torch.full((slots + 1,), len(model.get_parameter(EMBEDDING)), device=device),
-            inverse_frequencies=rotary.inv_freq.float().to(device).repeat(slots + 1, 1),
-            rotary_scale=torch.full((slots + 1,), float(rotary.attention_scaling), device=device),
+            vocabulary=torch.full((slots + 1,), table[EMBEDDING].shape[0], device=device),
+            inverse_frequencies=table.rotary.inv_freq.float().to(device).repeat(slots + 1, 1),
+            rotary_scale=torch.full((slots + 1,), float(table.rotary.attention_scaling), device=device),
         )
 
     def write(self, slot: int, tenant: Tenant) -> None:
@@ -103,7 +100,7 @@ class Arena:
         self.max_rank = max_rank
         self.buffer = _aligned_bytes(capacity_bytes, device)
         self.directory = torch.zeros(len(table), slots, DIRECTORY_FIELDS, dtype=torch.int64, device=device)
-        self.settings = SlotSettings.of(table.model, slots, device)
+        self.settings = SlotSettings.of(table, slots, device)
         self._uploader: Uploader = DeviceUploader(self.buffer) if device.type == "cuda" else HostUploader(self.buffer)
         self._book = library.Arena(
             native_library(),
@@ -143,8 +140,7 @@ class Arena:
             LibraryError: libdeltaweave is not built, or cannot serve such shapes.
         """
         home = torch.device(device) if device is not None else next(model.parameters()).device
-        known = len(model.get_parameter(EMBEDDING))
-        table = ParameterTable(model, known + SPARE_TOKENS if vocabulary is None else vocabulary)
+        table = ParameterTable(model, vocabulary)
         return cls(
             table,
             capacity_bytes=capacity_bytes,

@@ -163,7 +163,8 @@ def _setting_swaps(model: nn.Module, delta: Delta) -> Iterator[Swap]:
     require_vocabulary(delta, tuned)
     yield Swap(base, "vocab_size", tuned.vocab_size)
     if tuned.rope_parameters != base.rope_parameters:
-        yield Swap(model.get_submodule("model"), "rotary_emb", rotary_embedding(model, tuned))
+        decoder = model.get_submodule("model")
+        yield Swap(decoder, "rotary_emb", rotary_embedding(decoder.get_submodule("rotary_emb"), tuned))
     generation = generation_settings(delta)
     if generation is not None and hasattr(model, "generation_config"):
         yield Swap(model, "generation_config", generation)

@@ -73,18 +73,18 @@ def generation_settings(delta: Delta) -> GenerationConfig | None:
     return None if settings is None else GenerationConfig.from_dict(settings)
 
 
-def rotary_embedding(model: nn.Module, tuned: PretrainedConfig) -> nn.Module:
-    """The model's rotary embedding as the fine-tune's configuration has it, on the model's device.
+def rotary_embedding(base: nn.Module, tuned: PretrainedConfig) -> nn.Module:
+    """A model's rotary embedding as the fine-tune's configuration has it, on the same device.
 
     Raises:
         AttachError: parameters that Transformers cannot use.
     """
-    kind: Any = type(model.get_submodule("model.rotary_emb"))
+    kind: Any = type(base)
     try:
         rotary: nn.Module = kind(config=tuned)
     except Exception as error:  # as in tuned_config
         raise AttachError(f"config.json: unusable rope_parameters of the delta ({_first_line(error)})") from error
-    return rotary.to(next(model.parameters()).device)
+    return rotary.to(next(base.buffers()).device)
 
 
 def require_vocabulary(delta: Delta, tuned: PretrainedConfig) -> None:

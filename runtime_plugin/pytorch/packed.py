@@ -105,7 +105,7 @@ class PackedRows:
         missing = groups * self.group_size - self.group_offset - self.length
         whole = functional.pad(codes, (self.group_offset, missing)).view(count, groups, self.group_size)
         values = _values(whole, band, grid[:, :, None])
-        return values.view(count, -1)[:, self.group_offset : self.group_offset + self.length]
+        return values.view(count, groups * self.group_size)[:, self.group_offset : self.group_offset + self.length]
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,9 @@ from transformers import GenerationConfig
 __all__ = ["Content", "ParameterTable", "Rows", "ServedRecord", "Tenant", "load_tenant"]
 
 MAX_RANK = 4096  # DW_MAX_RANK
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD, ROTARY = "model.embed_tokens.weight", "lm_head.weight", "model.rotary_emb"
+# Tokens that a tenant may add to the base's vocabulary where nobody says how many.
+SPARE_TOKENS = 256
 # Rotary embeddings that follow the length of the text: they cannot be looked up by slot.
 LENGTH_DEPENDENT = {"dynamic", "longrope"}
 
@@ -116,24 +118,26 @@ class BaseParameter:
 class ParameterTable:
     """What tenants of a model may change, by the checkpoint's names, in the directory's order."""
 
-    def __init__(self, model: nn.Module, vocabulary: int) -> None:
+    def __init__(self, model: nn.Module, vocabulary: int | None = None) -> None:
         """Lists the linear layers, their biases, the norms and the embeddings of a Hugging Face decoder.
 
         Args:
             model: holding the base, nothing attached.
-            vocabulary: the most tokens that a tenant may have.
+            vocabulary: the most tokens that a tenant may have; None for the base's and SPARE_TOKENS more.
 
         Raises:
             AttachError: not such a model.
         """
         self.model = model
-        self.vocabulary = vocabulary
+        known = {name: len(parameter) for name, parameter in model.named_parameters()}.get(EMBEDDING, 0)
+        self.vocabulary = known + SPARE_TOKENS if vocabulary is None else vocabulary
+        self.rotary: Any = dict(model.named_modules()).get(ROTARY)  # an attachment stands in its place
         self._entries: dict[str, BaseParameter] = {}
         self._checked: set[str] = set()
         for name, module in model.named_modules():
             self._list(name, module)
-        for name in (EMBEDDING, HEAD):
-            if name not in self._entries:
+        for name, found in ((EMBEDDING, EMBEDDING in self), (HEAD, HEAD in self), (ROTARY, self.rotary is not None)):
+            if not found:
                 raise AttachError(f"the model has no {name}: expected a Hugging Face decoder with nothing attached")
 
     def __len__(self) -> int:
@@ -235,12 +239,12 @@ def load_tenant(table: ParameterTable, delta: Delta, name: str, *, accept_base: 
         )
     if not accept_base:
         table.require_base(delta.header.base)
-    rotary: Any = model.get_submodule("model.rotary_emb")
+    rotary = table.rotary
     if tuned.rope_parameters != model.config.rope_parameters:
         kinds = {settings.rope_parameters["rope_type"] for settings in (tuned, model.config)}
         if kinds & LENGTH_DEPENDENT:
             raise AttachError(f"{delta.path}: rotary embedding {max(kinds)} cannot be served beside others")
-        rotary = rotary_embedding(model, tuned)
+        rotary = rotary_embedding(rotary, tuned)
     return Tenant(
         name=name,
         path=delta.path,

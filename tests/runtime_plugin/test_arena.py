@@ -17,7 +17,7 @@ from deltaweave.formats import (
 )
 from deltaweave.runtime_plugin.library import ArenaFullError, LibraryError
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError, attach, native
-from family import Family, finetune, load
+from family import Family, edit_config, finetune, load
 from helpers import perturbed, tiny_checkpoint
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -100,6 +100,28 @@ class TestLife:
         arena.evict("a")
         assert serves(family, arena, ["a"])
         assert arena["a"] is tenant
+
+
+def test_tenants_come_while_the_arena_is_attached(family, tmp_path):
+    """One with rotary embeddings of its own, and one whose base must be checked."""
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    path = finetune(family.base, tmp_path, edit=lambda folder: edit_config(folder, rope_parameters=rope))
+    with Delta.open(path) as delta, torch.no_grad(), attach(family.model, delta):
+        expected = family.model(TOKENS, use_cache=False).logits
+    arena = Arena.for_model(family.model, capacity_bytes=8 << 20)
+    with torch.no_grad(), attach(family.model, arena) as attachment:
+        arena.add(family.deltas["a"], "a")
+        with attachment.step(["a"]):
+            family.model(TOKENS, use_cache=False)
+        arena.add(path, "far")
+        with attachment.step(["far"]):
+            got = family.model(TOKENS, use_cache=False).logits
+    assert torch.allclose(got[..., :56], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_models_that_are_no_such_decoder():
+    with pytest.raises(AttachError, match=r"the model has no model\.embed_tokens\.weight"):
+        Arena.for_model(torch.nn.Linear(8, 8), capacity_bytes=1 << 20)
 
 
 class TestLeastRecentlyUsed:

@@ -107,6 +107,15 @@ def test_rows_of_embedding_and_head(bits, size):
         assert torch.allclose(y[token], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_no_rows_of_a_tenant():
+    """Its only token lies beyond its vocabulary."""
+    arena = OpArena()
+    arena.add({EMBEDDING: random_dense(np.random.default_rng(0), (70, IN))})
+    table = torch.randn(60, IN)
+    found = ops.embed(arena.buffer, arena.directory, slots_of([0]), torch.tensor([80]), table, EMBEDDING)
+    assert not found.any()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_norms_round_as_hugging_face_s(dtype):
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
