@@ -18,28 +18,19 @@ from deltaweave.formats import (
     ReplaceRecord,
     RowsRecord,
     TunedInfo,
-    factored_bytes,
     write_delta,
 )
 from op_arena import random_dense, random_factored
 
-__all__ = ["budget_bands", "random_delta"]
+__all__ = ["published_bands", "random_delta"]
 
 BANDS = (Band(8, 2), Band(3, 8), Band(2, 30))
 
 
-def budget_bands(shape: tuple[int, int], ratio: float = 1 / 16) -> tuple[Band, ...]:
-    """The preset `triple` at a ratio of the 16-bit matrix: 2 ranks of 8 bits, 32 of 3, the rest of 2."""
-    low, high = 1, min(shape) - 34
-    while low < high:
-        middle = (low + high + 1) // 2
-        bands = (Band(8, 2), Band(3, 32), Band(2, middle))
-        low, high = (
-            (middle, high)
-            if factored_bytes(shape, bands, 128).total <= ratio * 2 * shape[0] * shape[1]
-            else (low, middle - 1)
-        )
-    return (Band(8, 2), Band(3, 32), Band(2, low))
+def published_bands(shape: tuple[int, int]) -> tuple[Band, ...]:
+    """Delta-CoMe's at its ratio of 1/16, which counts the codes alone: 2 ranks of 8 bits, 32 of 3, the rest of 2."""
+    bits_a_feature = shape[0] * shape[1] // (shape[0] + shape[1])
+    return (Band(8, 2), Band(3, 32), Band(2, (bits_a_feature - 112) // 2))
 
 
 def random_delta(
