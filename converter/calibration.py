@@ -131,22 +131,19 @@ class Activations:
         """
         if _fits(shape, dtype, device):
             return cls(path, device, torch.empty(shape, dtype=dtype, device=device))
-        working = _working(path)
-        size = int(np.prod(shape)) * dtype.itemsize
-        try:
-            with working.open("ab") as file:
-                file.truncate(size)
-                # Claims the space now: a full disk is an error here, not a crash at some later write to the map.
-                os.posix_fallocate(file.fileno(), 0, size)
-        except OSError as error:
-            raise OutputError(f"{working}: {size} bytes cannot be claimed ({error.strerror})") from error
-        return cls(path, device, _mapped(working, shape, dtype))
+        return cls(path, device, _claimed(_working(path), shape, dtype))
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Activations:
         """What `save` put there, to be read only."""
         saved = _mapped(path, shape, dtype)
         return cls(path, device, saved.to(device) if _fits(shape, dtype, device) else saved)
+
+    def successor(self, path: Path) -> Activations:
+        """Room for as much of the same, in the same place."""
+        if self._tensor.is_cuda:
+            return Activations(path, self.device, torch.empty_like(self._tensor))
+        return Activations(path, self.device, _claimed(_working(path), self.shape, self._tensor.dtype))
 
     @property
     def pieces(self) -> int:
@@ -314,6 +311,18 @@ def _working(path: Path) -> Path:
 def _fits(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> bool:
     size = 2 * int(np.prod(shape)) * dtype.itemsize  # a layer's input and its output
     return device.type == "cuda" and size < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+
+
+def _claimed(file: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:
+    """A mapped file with room on the disk: a full disk is an error now, not a crash at some later write to the map."""
+    size = int(np.prod(shape)) * dtype.itemsize
+    try:
+        with file.open("ab") as handle:
+            handle.truncate(size)
+            os.posix_fallocate(handle.fileno(), 0, size)
+    except OSError as error:
+        raise OutputError(f"{file}: {size} bytes cannot be claimed ({error.strerror})") from error
+    return _mapped(file, shape, dtype)
 
 
 def _mapped(file: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> torch.Tensor:

@@ -276,8 +276,7 @@ class _Compression:
         return _Difference(base, delta, factors)
 
     def _propagate(self, stream: BlockStream, layer: int, inputs: Activations) -> Activations:
-        path = self.workspace.activations(layer + 1)
-        outputs = Activations.create(path, inputs.shape, stream.dtype, self.device)
+        outputs = inputs.successor(self.workspace.activations(layer + 1))
         steps = len(self.plan.layers[0])
         for done, (rows, hidden) in enumerate(inputs.chunks()):
             self.progress("compressing", layer + (steps + done / inputs.pieces) / (steps + 1), len(self.plan.layers))
