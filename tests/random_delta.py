@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,19 +19,29 @@ from deltaweave.formats import (
     ReplaceRecord,
     RowsRecord,
     TunedInfo,
+    factored_bytes,
     write_delta,
 )
 from op_arena import random_dense, random_factored
 
-__all__ = ["published_bands", "random_delta"]
+__all__ = ["budget_bands", "published_bands", "random_delta"]
 
+LEADING = (Band(8, 2), Band(3, 32))
 BANDS = (Band(8, 2), Band(3, 8), Band(2, 30))
 
 
 def published_bands(shape: tuple[int, int]) -> tuple[Band, ...]:
     """Delta-CoMe's at its ratio of 1/16, which counts the codes alone: 2 ranks of 8 bits, 32 of 3, the rest of 2."""
     bits_a_feature = shape[0] * shape[1] // (shape[0] + shape[1])
-    return (Band(8, 2), Band(3, 32), Band(2, (bits_a_feature - 112) // 2))
+    return (*LEADING, Band(2, (bits_a_feature - 112) // 2))
+
+
+def budget_bands(shape: tuple[int, int]) -> tuple[Band, ...]:
+    """Those that `compress --ratio 1/16` chooses, where every byte counts."""
+    budget = shape[0] * shape[1] // 8
+    ranks = range(1, (published_bands(shape)[2].rank) + 1)
+    fits = bisect(ranks, budget, key=lambda rank: factored_bytes(shape, (*LEADING, Band(2, rank)), 128).total)
+    return (*LEADING, Band(2, ranks[fits - 1]))
 
 
 def random_delta(

@@ -10,7 +10,8 @@ capacity   tenants whose bytes really are on the GPU beside the base and 20 GB o
 decode     one step of a batch whose rows are all of different tenants, against the same step of the bare base without
            anything attached; both as CUDA graphs, median of --steps
 
-The tenants have Delta-CoMe's bands at its ratio of 1/16, which counts codes alone: 0.87 GB with their grids. Those of `capacity` and `decode` share their codes, not their bytes.
+Tenants have Delta-CoMe's published bands, whose ratio of 1/16 counts codes alone, or those of `compress --ratio 1/16`,
+where every byte counts. Those of `capacity` and `decode` share their codes, not their bytes.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
-from random_delta import published_bands, random_delta
+from random_delta import budget_bands, published_bands, random_delta
 
 GIB = 1 << 30
 DEVICE = "cuda"
@@ -63,12 +64,7 @@ def main() -> None:
         "layers": arguments.layers,
     }
     with tempfile.TemporaryDirectory() as folder:
-        deltas = {
-            kind: random_delta(
-                Path(folder) / f"{kind}.safetensors", model, bands=published_bands, vocabulary=kind, size=0.0
-            )
-            for kind in ("none", "dense")
-        }
+        deltas = Deltas(Path(folder), model)
         for part in arguments.parts:
             results[part] = PARTS[part](model, deltas, arguments)
             print(part, json.dumps(results[part], indent=2), flush=True)
@@ -76,6 +72,22 @@ def main() -> None:
     if arguments.output:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+class Deltas:
+    """Files of random codes, written when they are first asked for."""
+
+    def __init__(self, folder: Path, model: Any) -> None:
+        self._folder, self._model = folder, model
+
+    def __getitem__(self, kind: str) -> Path:
+        """`published` or `ratio`, which say the bands, with `-vocabulary` for 8-bit embeddings and lm_head."""
+        path = self._folder / f"{kind}.safetensors"
+        if not path.exists():
+            bands = published_bands if kind.startswith("published") else budget_bands
+            vocabulary = "dense" if kind.endswith("-vocabulary") else "none"
+            random_delta(path, self._model, bands=bands, vocabulary=vocabulary, size=0.0)
+        return path
 
 
 def random_llama(layers: int) -> Any:
@@ -94,9 +106,9 @@ def random_llama(layers: int) -> Any:
     return model.eval()
 
 
-def upload(model: Any, deltas: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
+def upload(model: Any, deltas: Deltas, arguments: argparse.Namespace) -> dict[str, Any]:
     """K7."""
-    path = deltas["none"]
+    path = deltas["published"]
     rate = copy_rate()
     arena = Arena.for_model(model, capacity_bytes=4 * GIB, slots=3, vocabulary=32000)
     from_disk, from_pinned = [], []
@@ -137,12 +149,13 @@ def copy_rate() -> float:
     return GIB / seconds(lambda: device.copy_(host, non_blocking=True), 5)
 
 
-def capacity(model: Any, deltas: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
+def capacity(model: Any, deltas: Deltas, arguments: argparse.Namespace) -> dict[str, Any]:
     """K8: one tenant's bytes, uploaded to as many places as there are."""
     base = sum(parameter.nbytes for parameter in model.parameters())
     room = int(min(DEVICE_BYTES, torch.cuda.mem_get_info()[1]) - base - KV_BYTES)
     found: dict[str, Any] = {"base_bytes": base, "kv_bytes": int(KV_BYTES), "room_bytes": room}
-    for kind, path in deltas.items():
+    for kind in ("published", "published-vocabulary", "ratio", "ratio-vocabulary"):
+        path = deltas[kind]
         cache = torch.empty(int(KV_BYTES), dtype=torch.uint8, device="cuda")
         free = torch.cuda.mem_get_info()[0] - GIB  # for staging and the context
         table = ParameterTable(model, 32000)
@@ -176,12 +189,13 @@ def capacity(model: Any, deltas: dict[str, Path], arguments: argparse.Namespace)
     return found
 
 
-def decode(model: Any, deltas: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
+def decode(model: Any, deltas: Deltas, arguments: argparse.Namespace) -> dict[str, Any]:
     """Steps of one token a row."""
     most = max(arguments.tenants)
     found: dict[str, Any] = {}
     bare = {rows: bare_step(model, rows, arguments) for rows in arguments.tenants}
-    for kind, path in deltas.items():
+    for kind in ("published", "published-vocabulary"):
+        path = deltas[kind]
         with Delta.open(path) as delta:
             size = delta.size
         arena = Arena.for_model(model, capacity_bytes=int(1.05 * size * most) + GIB, slots=most, vocabulary=32000)
