@@ -20,7 +20,8 @@
 namespace dw {
 namespace {
 
-// A record in the arena. One that is shared has its owner's shape and place under its own parameter.
+// A record in the arena. One that is shared has its owner's shape and place under its own
+// parameter.
 struct Record {
   int parameter;
   dw_record shape;

@@ -4,17 +4,18 @@
 //   y[t, r] += sum_k scale * (code[r, k] - zero) x[t, k]     a DENSE record
 //   y[t, indices[r]] = sum_k row[r, k] x[t, k]               a ROWS record
 //
-//   x  fp16 or bf16 [tokens, in]   rows  packed in v's order (layout.h)   y  x's dtype [tokens, out]
+//   x  fp16 or bf16 [tokens, in]   y  the same dtype [tokens, out]
+//   rows  codes, or fp16 values, in v's order (layout.h)
 //
 // Roofline: bytes. A tenant's rows are read once from memory for up to 8 * kTiles tokens: 135 MB at
 // 32000 x 4096 and 8 bits, 32 us at 4.2 TB/s. x (8 KB a token) stays in L1.
 //
 // Work item = (chunk of one tenant's tokens, 16 rows), one warp: it streams the rows' groups, which
 // lie one behind the other, through its own ring (ring.cuh). Rows are the tensor core's 16-row
-// operand, tokens its 8 columns. Per group of 128 features P = sum of biased codes * x, and one more
-// product has the biases in rows 0-7 and ones in rows 8-15, which gives D = sum of biases * x and
-// S = sum of x: acc += scale * (P - D - zero * S). Sums run over the groups in order, so a token's
-// bits depend on nothing but its slot and x.
+// operand, tokens its 8 columns. Per group of 128 features P = sum of biased codes * x, and one
+// more product has the biases in rows 0-7 and ones in rows 8-15, which gives D = sum of biases * x
+// and S = sum of x: acc += scale * (P - D - zero * S). Sums run over the groups in order, so a
+// token's bits depend on nothing but its slot and x.
 #include "batch.cuh"
 #include "fragment.cuh"
 #include "gemm_args.h"
@@ -170,16 +171,15 @@ struct BlockProduct {
                                     kOnes};
 #pragma unroll
           for (int tile = 0; tile < kTiles; ++tile) {
-            multiply(sums[tile], ones, half ? b[tile].z : b[tile].x,
-                     half ? b[tile].w : b[tile].y);
+            multiply(sums[tile], ones, half ? b[tile].z : b[tile].x, half ? b[tile].w : b[tile].y);
           }
         }
       }
     }
     float2 grid[2] = {make_float2(1.f, 0.f), make_float2(1.f, 0.f)};  // (scale, zero) of two rows
     if constexpr (kBits != 16) {
-      const uint2 raw = *reinterpret_cast<const uint2*>(block + v_code_bytes(kBits, ranks) +
-                                                        8 * pair);
+      const uint2 raw =
+          *reinterpret_cast<const uint2*>(block + v_code_bytes(kBits, ranks) + 8 * pair);
       grid[0] = __half22float2(pair_of(raw.x));
       grid[1] = __half22float2(pair_of(raw.y));
     }
@@ -187,7 +187,8 @@ struct BlockProduct {
     for (int tile = 0; tile < kTiles; ++tile) {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
-        const float sum = products[tile][j] - sums[tile][j % 2] - grid[j / 2].y * sums[tile][2 + j % 2];
+        const float sum =
+            products[tile][j] - sums[tile][j % 2] - grid[j / 2].y * sums[tile][2 + j % 2];
         acc[tile][j] += grid[j / 2].x * sum;
       }
     }
@@ -221,7 +222,8 @@ struct Warp {
   __device__ __forceinline__ void block(const Work& work, int row, int token) const {
     const int block = row / block_ranks(kBits);
     BlockProduct<kBits, kLevels, kTiles> product = {ring, memory};
-    product.from = work.v + static_cast<int64_t>(block) * dense.in_groups * whole_block_bytes(kBits);
+    product.from =
+        work.v + static_cast<int64_t>(block) * dense.in_groups * whole_block_bytes(kBits);
     product.ranks = min(work.rows - row, block_ranks(kBits));
     product.groups = dense.in_groups;
     product.levels = work.levels;
@@ -299,8 +301,8 @@ cudaError_t launch(const Dense& dense, cudaStream_t stream) {
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error;
-  const int64_t most = static_cast<int64_t>(dense.token_count) *
-                       ceil_div(dense.out_features, kSpanRows * kWarps);
+  const int64_t most =
+      static_cast<int64_t>(dense.token_count) * ceil_div(dense.out_features, kSpanRows * kWarps);
   const int64_t resident = static_cast<int64_t>(multiprocessors()) * kResident<kTiles>;
   const int grid = static_cast<int>(most < resident ? most : resident);
   kernel<<<grid, kThreads, kShared, stream>>>(dense);

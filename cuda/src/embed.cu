@@ -88,8 +88,8 @@ struct LaneCodes {
                               static_cast<int64_t>(group) * v_block_bytes(kBits, ranks);
     load_words<kBits>(words, at, rank / 2 * 4 + c, 4 * ceil_div(ranks, 2));
     if constexpr (kBits != 16) {
-      const float2 entry = __half22float2(
-          reinterpret_cast<const __half2*>(at + v_code_bytes(kBits, ranks))[rank]);
+      const float2 entry =
+          __half22float2(reinterpret_cast<const __half2*>(at + v_code_bytes(kBits, ranks))[rank]);
       scale = entry.x;
       zero = entry.y;
     }

@@ -83,19 +83,19 @@ dw_status check_factored(const dw_record& record, const dw_parameter& parameter,
     rank += record.bands[b].rank;
   }
   if (rank > max_rank) {
-    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": rank ", rank,
-                ", the arena takes up to ", max_rank);
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": rank ", rank, ", the arena takes up to ",
+                max_rank);
   }
-  DW_RETURN_IF_ERROR(check_groups("v", record.v_group_size, record.v_group_offset,
-                                  parameter.in_offset, index));
+  DW_RETURN_IF_ERROR(
+      check_groups("v", record.v_group_size, record.v_group_offset, parameter.in_offset, index));
   return check_groups("u", record.u_group_size, record.u_group_offset, parameter.out_offset, index);
 }
 
 // A band of whole rows: low-bit ones, or fp16 ones that replace.
 dw_status check_rows(const dw_record& record, const dw_parameter& parameter, int index) {
   if (record.rows < 1 || record.rows > parameter.out_features) {
-    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", record.rows,
-                " rows, expected 1 to ", parameter.out_features);
+    return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", record.rows, " rows, expected 1 to ",
+                parameter.out_features);
   }
   if (record.band_count != 1) {
     return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": ", record.band_count,
@@ -165,12 +165,6 @@ dw_status check_record(const dw_record& record, const dw_parameter& parameter, i
       return fail(DW_ERROR_ARGUMENT, "parameter ", index, ": record kind ", record.kind,
                   ", expected 0 to 3");
   }
-}
-
-int total_rank(const dw_record& record) {
-  int rank = 0;
-  for (int b = 0; b < record.band_count; ++b) rank += record.bands[b].rank;
-  return rank;
 }
 
 Payload place(const dw_record& record, const dw_parameter& parameter) {

@@ -27,7 +27,6 @@ dw_status check_parameter(const dw_parameter& parameter, int index);
 dw_status check_record(const dw_record& record, const dw_parameter& parameter, int index,
                        int max_rank);
 
-int total_rank(const dw_record& record);
 Payload place(const dw_record& record, const dw_parameter& parameter);
 // Fills DW_DIRECTORY_FIELDS numbers for a payload at `offset`.
 void directory_row(const dw_record& record, const dw_parameter& parameter, uint64_t offset,

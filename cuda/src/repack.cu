@@ -120,15 +120,15 @@ RepackNumbers describe_numbers(const dw_repack_args& args, const Payload& payloa
   numbers.sigma_to = reinterpret_cast<float*>(base + payload.sigma);
   numbers.header_to = reinterpret_cast<float*>(base);
   const Factor u = u_factor(args);
-  walk_bands(record, u,
-             [&](int b, const dw_band& band, const unsigned char* codes, const __half* grid) {
-               RepackRange& range = numbers.ranges[b];
-               range.scales = band.bits != 16;
-               range.values = range.scales ? grid : reinterpret_cast<const __half*>(codes);
-               range.step = band.grid == DW_GRID_AFFINE ? 2 : 1;
-               range.count = range.scales ? u.grid_halves(band)
-                                          : static_cast<int64_t>(band.rank) * u.features;
-             });
+  walk_bands(
+      record, u, [&](int b, const dw_band& band, const unsigned char* codes, const __half* grid) {
+        RepackRange& range = numbers.ranges[b];
+        range.scales = band.bits != 16;
+        range.values = range.scales ? grid : reinterpret_cast<const __half*>(codes);
+        range.step = band.grid == DW_GRID_AFFINE ? 2 : 1;
+        range.count =
+            range.scales ? u.grid_halves(band) : static_cast<int64_t>(band.rank) * u.features;
+      });
   return numbers;
 }
 
@@ -158,8 +158,8 @@ dw_status dw_repack(const dw_repack_args* args, void* stream_pointer) {
                     sizeof(float) * args->parameter.in_features, stream);
   }
   if (record.kind == DW_ROWS) {
-    DW_RETURN_IF_ERROR(dw::copy(*args, payload.indices, args->indices,
-                                sizeof(int32_t) * record.rows, stream));
+    DW_RETURN_IF_ERROR(
+        dw::copy(*args, payload.indices, args->indices, sizeof(int32_t) * record.rows, stream));
   }
   if (dw::has_numbers(record)) {
     DW_RETURN_IF_ERROR(dw::check_launch(

@@ -59,8 +59,8 @@ __device__ __forceinline__ void stage_rows(const RepackBand& band, int first, in
     const int row = index / kWords, column = index % kWords;
     uint32_t word = 0;
     if (row < ranks) {
-      const int64_t bit = (first + row) * row_bits + static_cast<int64_t>(kBits) * feature0 +
-                          32 * column;
+      const int64_t bit =
+          (first + row) * row_bits + static_cast<int64_t>(kBits) * feature0 + 32 * column;
       const int shift = static_cast<int>(bit & 31);
       word = load_word(band, (bit >> 5) * 4);
       if (shift != 0) {
@@ -110,7 +110,8 @@ __device__ __forceinline__ void place_pair(uint32_t (&words)[2 * kBits], int j, 
 }
 
 // v: lane 4q + c takes ranks 2q and 2q + 1 and of every 32 features the eight from 8c. A pair is
-// two features of a rank; pair 4f + r: rank r % 2, features 4 * (f % 2) + 2 * (r / 2) of octet f / 2.
+// two features of a rank. Pair 4f + r: rank r % 2, features 4 * (f % 2) + 2 * (r / 2) and the next
+// of octet f / 2.
 template <int kBits>
 __device__ __forceinline__ void gather_v(const uint32_t* rows, uint32_t (&words)[2 * kBits]) {
   const int q = threadIdx.x % 32 / 4, c = threadIdx.x % 4;

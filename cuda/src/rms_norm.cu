@@ -46,8 +46,8 @@ __global__ void __launch_bounds__(kBlock)
   const int row = blockIdx.x * (kBlock / kRowThreads) + threadIdx.x / kRowThreads;
   if (row >= rows) return;
   const int token = row / norm.rows_per_token, place = row % norm.rows_per_token;
-  const T* x = static_cast<const T*>(norm.x) + token * norm.x_token_stride +
-               place * norm.x_row_stride;
+  const T* x =
+      static_cast<const T*>(norm.x) + token * norm.x_token_stride + place * norm.x_row_stride;
   T* y = static_cast<T*>(norm.y) + token * norm.y_token_stride + place * norm.y_row_stride;
   const float* own = find_values(norm.batch, norm.parameter, token);
   const int start = threadIdx.x % kRowThreads * 8;
