@@ -105,10 +105,11 @@ def both():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 33, 300, 2048])
 class TestOps:
-    """Slots include the base's -1 and some out of range."""
+    """Slots include all tenants, the base's -1 and some out of range."""
 
     def slots(self, tokens):
-        return np.random.default_rng(tokens).integers(-1, 4, tokens).tolist() if tokens > 1 else [0]
+        drawn = np.random.default_rng(tokens).integers(-1, 4, tokens).tolist()
+        return [0, 1, 2, *drawn[3:]] if tokens > 1 else [0]
 
     def test_delta_gemm(self, both, tokens, dtype):
         x = torch.randn(tokens, IN).to(dtype)
