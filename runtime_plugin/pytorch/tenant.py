@@ -305,6 +305,8 @@ def _vocabulary_content(name: str, parameter: BaseParameter, record: Record) -> 
         return Rows(torch.from_numpy(record.indices.copy()), _half(name, exact_tensor(record.values)))
     if isinstance(record, ReplaceRecord):
         return _all_rows(name, exact_tensor(record.values))
+    if isinstance(record, FactoredRecord) and parameter.kind == ParameterKind.EMBEDDING:
+        raise AttachError(f"{name}: a factored record is served in linear layers only, not in embeddings")
     if isinstance(record, FactoredRecord) and record.shape[0] != parameter.rows:
         raise AttachError(
             f"{name}: a factored record of {record.shape[0]} rows in an arena for a vocabulary of {parameter.rows}; "

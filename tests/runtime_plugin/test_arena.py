@@ -7,6 +7,7 @@ import torch
 from deltaweave.converter import BitDeltaOptions, Checkpoint, CompressionOptions, Recipe, compress, compress_bitdelta
 from deltaweave.formats import (
     Architecture,
+    Band,
     Delta,
     ExactArray,
     Header,
@@ -19,6 +20,7 @@ from deltaweave.runtime_plugin.library import ArenaFullError, LibraryError
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError, attach, native
 from family import Family, edit_config, finetune, load
 from helpers import perturbed, tiny_checkpoint
+from op_arena import random_factored
 
 pytestmark = pytest.mark.usefixtures("native")
 TOKENS = torch.arange(3, 13)[None]
@@ -203,6 +205,9 @@ def exact(shape, value=0.5):
     return ExactArray(np.full(shape, value, np.float32), "F32")
 
 
+FACTORED = random_factored(np.random.default_rng(0), (56, 64), [Band(2, 5)])
+
+
 class TestRefusals:
     def refused(self, family, path, message):
         arena = Arena.for_model(family.model, capacity_bytes=8 << 20)
@@ -256,6 +261,8 @@ class TestRefusals:
             ),
             ("model.layers.0.mlp.up_proj.weight", ReplaceRecord(exact((160, 64))), "a replace record is served in"),
             ("lm_head.weight", ReplaceRecord(exact((56, 64), 1e6)), "values beyond float16"),
+            ("model.embed_tokens.weight", FACTORED, "a factored record is served in linear layers only"),
+            ("lm_head.weight", FACTORED, "a factored record of 56 rows .* make it with vocabulary=56"),
         ],
     )
     def test_records_that_fit_nowhere(self, family, tmp_path, name, record, message):
@@ -266,6 +273,18 @@ class TestRefusals:
         monkeypatch.setenv("DELTAWEAVE_LIBRARY", "/nonexistent/libdeltaweave.so")
         with pytest.raises(LibraryError, match="does not load"):
             Arena.for_model(family.model, capacity_bytes=1 << 20)
+
+
+def test_a_factored_lm_head(family, tmp_path):
+    path = handmade(family, tmp_path / "d.safetensors", {"lm_head.weight": FACTORED})
+    arena = Arena.for_model(family.model, capacity_bytes=1 << 20, vocabulary=56)
+    arena.add(path, "head")
+    with torch.no_grad(), attach(family.model, arena) as attachment, attachment.step(["head"]):
+        got = family.model(TOKENS, use_cache=False).logits
+    with Delta.open(path) as delta, torch.no_grad(), attach(family.model, delta):
+        expected = family.model(TOKENS, use_cache=False).logits
+    assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(got, family.alone(None, TOKENS), atol=0.1)
 
 
 def test_a_fine_tune_without_records(family, tmp_path):
