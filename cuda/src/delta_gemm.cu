@@ -101,31 +101,50 @@ dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32_t slot
 namespace dw {
 namespace {
 
-dw_status run_decode(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+dw_status shrink(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+  if (cut.image_rows > 0) {
+    const Gemm gemm = describe(args, cut, false);
+    DW_RETURN_IF_ERROR(check_launch(prefill::launch_x_image(args, gemm, stream), "image of x"));
+    return check_launch(prefill::launch_shrink(gemm, stream), "prefill shrink");
+  }
   const bool in_place = readable_in_place(args);
-  const Gemm gemm = describe(args, cut, in_place);
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
-  DW_RETURN_IF_ERROR(check_launch(launch_shrink(gemm, stream), "shrink"));
+  return check_launch(launch_shrink(describe(args, cut, in_place), stream), "shrink");
+}
+
+dw_status expand(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+  const Gemm gemm = describe(args, cut, readable_in_place(args));
+  if (cut.image_rows > 0) {
+    DW_RETURN_IF_ERROR(check_launch(prefill::launch_h_image(gemm, stream), "image of h"));
+    return check_launch(prefill::launch_expand(gemm, stream), "prefill expand");
+  }
   return check_launch(launch_expand(gemm, stream), "expand");
 }
 
-dw_status run_prefill(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
-  const Gemm gemm = describe(args, cut, false);
-  DW_RETURN_IF_ERROR(check_launch(prefill::launch_x_image(args, gemm, stream), "image of x"));
-  DW_RETURN_IF_ERROR(check_launch(prefill::launch_shrink(gemm, stream), "prefill shrink"));
-  DW_RETURN_IF_ERROR(check_launch(prefill::launch_h_image(gemm, stream), "image of h"));
-  return check_launch(prefill::launch_expand(gemm, stream), "prefill expand");
+// Checks the arguments and runs the stages on the stream.
+template <typename... Stage>
+dw_status run(const dw_gemm* args, void* stream_pointer, Stage... stages) {
+  if (args == nullptr) return fail(DW_ERROR_ARGUMENT, "null argument");
+  DW_RETURN_IF_ERROR(check_sizes(*args));
+  DW_RETURN_IF_ERROR(check_pointers(*args));
+  const Workspace cut = cut_workspace(*args);
+  dw_status status = DW_OK;
+  const auto next = [&](auto stage) {
+    if (status == DW_OK) status = stage(*args, cut, static_cast<cudaStream_t>(stream_pointer));
+  };
+  (next(stages), ...);
+  return status;
 }
 
 }  // namespace
 }  // namespace dw
 
-dw_status dw_delta_gemm(const dw_gemm* args, void* stream_pointer) {
-  if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
-  DW_RETURN_IF_ERROR(dw::check_sizes(*args));
-  DW_RETURN_IF_ERROR(dw::check_pointers(*args));
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  const dw::Workspace cut = dw::cut_workspace(*args);
-  return cut.image_rows > 0 ? dw::run_prefill(*args, cut, stream)
-                            : dw::run_decode(*args, cut, stream);
+dw_status dw_delta_shrink(const dw_gemm* args, void* stream) {
+  return dw::run(args, stream, dw::shrink);
+}
+dw_status dw_delta_expand(const dw_gemm* args, void* stream) {
+  return dw::run(args, stream, dw::expand);
+}
+dw_status dw_delta_gemm(const dw_gemm* args, void* stream) {
+  return dw::run(args, stream, dw::shrink, dw::expand);
 }

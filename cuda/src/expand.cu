@@ -159,26 +159,43 @@ template <int kTeam, int kTeams>
 __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int pitch, __half* h,
                                        Shared<kTeam, kTeams>& shared) {
   const int quads = static_cast<int>(unit.row[DW_FIELD_PADDED_RANK]) / 4;
+  const float* header = reinterpret_cast<const float*>(gemm.arena + unit.row[DW_FIELD_HEADER]);
+  const float undo = header[1];
+  const auto store = [&](int token, int quad, float4 v, float factor) {
+    const uint2 halves = make_uint2(bits_of(__floats2half2_rn(v.x * factor, v.y * factor)),
+                                    bits_of(__floats2half2_rn(v.z * factor, v.w * factor)));
+    *reinterpret_cast<uint2*>(h + token * pitch + 4 * quad) = halves;
+  };
   if (threadIdx.x < kTokens) shared.largest[threadIdx.x] = 0;
   __syncthreads();
+  // The first token's quads stay in registers: often it is the only one.
+  constexpr int kThreads = 32 * kTeam * kTeams;
+  constexpr int kKept = ceil_div((DW_MAX_RANK + 16 * DW_MAX_BANDS) / 4, kThreads);
+  float4 kept[kKept];
   for (int token = 0; token < unit.chunk.z; ++token) {
     float largest = 0.f;
-    for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
-      largest = fmaxf(largest, largest_of(h_quad(gemm, unit.slice, unit.chunk.y + token, quad)));
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const int quad = threadIdx.x + i * kThreads;
+      if (quad >= quads) break;
+      const float4 v = h_quad(gemm, unit.slice, unit.chunk.y + token, quad);
+      if (token == 0) kept[i] = v;
+      largest = fmaxf(largest, largest_of(v));
     }
     const int bits = __reduce_max_sync(0xffffffffu, __float_as_int(largest));
     if (threadIdx.x % 32 == 0) atomicMax(&shared.largest[token], bits);
   }
   __syncthreads();
-  const float* header = reinterpret_cast<const float*>(gemm.arena + unit.row[DW_FIELD_HEADER]);
   for (int token = 0; token < unit.chunk.z; ++token) {
     const float factor = normalizer<7>(__int_as_float(shared.largest[token]));
-    if (threadIdx.x == 0) shared.inverse[token] = header[1] / factor;
-    for (int quad = threadIdx.x; quad < quads; quad += blockDim.x) {
-      const float4 v = h_quad(gemm, unit.slice, unit.chunk.y + token, quad);
-      const uint2 halves = make_uint2(bits_of(__floats2half2_rn(v.x * factor, v.y * factor)),
-                                      bits_of(__floats2half2_rn(v.z * factor, v.w * factor)));
-      *reinterpret_cast<uint2*>(h + token * pitch + 4 * quad) = halves;
+    if (threadIdx.x == 0) shared.inverse[token] = undo / factor;
+#pragma unroll
+    for (int i = 0; i < kKept; ++i) {
+      const int quad = threadIdx.x + i * kThreads;
+      if (quad >= quads) break;
+      const float4 v =
+          token == 0 ? kept[i] : h_quad(gemm, unit.slice, unit.chunk.y + token, quad);
+      store(token, quad, v, factor);
     }
   }
 }
@@ -397,7 +414,9 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
   const int64_t most = static_cast<int64_t>(gemm.token_count) * groups;
-  const int64_t resident = static_cast<int64_t>(multiprocessors()) * (16 / (kTeam * kTeams));
+  // With few tokens latency counts: room is left for the next kernel to begin beside this one's end.
+  const int blocks_each = gemm.token_count < 8 ? 1 : 16 / (kTeam * kTeams);
+  const int64_t resident = static_cast<int64_t>(multiprocessors()) * blocks_each;
   const int grid = static_cast<int>(most < resident ? most : resident);
   // Tokens 16 bytes apart in the banks' cycle of 128: eight lanes read different ones.
   const int pitch = ceil_div(gemm.ranks, 64) * 64 + 16;
@@ -409,7 +428,6 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
 
 template <typename T>
 cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
-  if (gemm.token_count < 8) return launch<T, 16, 1>(gemm, stream);
   return gemm.token_count < 24 ? launch<T, 8, 1>(gemm, stream) : launch<T, 4, 2>(gemm, stream);
 }
 

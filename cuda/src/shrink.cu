@@ -81,10 +81,6 @@ struct Shared {
   Segment segments[kSegments];
   int segment_count, step_count;
   int most;
-  struct {
-    const Segment* segment;
-    int block;
-  } pending[2][kBatch];
   float4 bias[kTeam][kWarpGroups][4];  // -D of tokens 2c and 2c + 1, twice: where sums start
   float2 sum[kTeam][kWarpGroups][4];   // S of both
   float partial[2][kBatch][kTeam][kTokens * kTokenPitch];
@@ -336,6 +332,11 @@ struct Run {
   Turn<kStages> turn;  // of the stages, over all batches
   int step = 0;        // of the batch
   int waiting = 0, phase = 0;
+  // What this thread adds up when the warps meet: of every 4 blocks one has 64 threads, four tokens
+  // of 16 ranks at a time.
+  const Segment* mine = nullptr;
+  int my_rank = 0;  // of the band
+  float my_sigma = 0.f;
   Activations x;
 
   __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
@@ -439,30 +440,31 @@ struct Run {
       const float2 sums = make_float2(acc[1] * x.inverse[1], acc[3] * x.inverse[1]);
       *reinterpret_cast<float2*>(to + (token + 1) * kTokenPitch) = sums;
     }
-    if (threadIdx.x == 0) shared.pending[phase][waiting] = {&segment, block};
+    if (waiting == threadIdx.x / (kTeamThreads / kBatch)) {
+      mine = &segment;
+      my_rank = block * block_ranks(segment.bits) + threadIdx.x % 16;
+      my_sigma = my_rank < segment.rank ? __ldg(segment.sigma + my_rank) : 0.f;  // early: it is cold
+    }
     if (++waiting == kBatch) meet();
   }
 
   // Adds the warps' sums of the waiting blocks in warp order and writes h.
   __device__ __forceinline__ void meet() {
     __syncthreads();
-    // 64 threads a block: four tokens of 16 ranks at a time.
     const int place = threadIdx.x / (kTeamThreads / kBatch), rank = threadIdx.x % 16;
     if (place < waiting) {
-      const Segment& segment = *shared.pending[phase][place].segment;
-      const int size = block_ranks(segment.bits), block = shared.pending[phase][place].block;
-      const int r = block * size + rank;
       // A 16-bit block has eight ranks; zeros follow the last to the band's end.
-      const bool last = (block + 1) * size >= segment.rank;
-      const bool written = rank < size || (last && r < padded_rank(segment.rank));
-      for (int token = threadIdx.x / 16 % 4; written && token < segment.tokens; token += 4) {
+      const int size = block_ranks(mine->bits);
+      const bool last = my_rank - rank + size >= mine->rank;
+      const bool written = rank < size || (last && my_rank < padded_rank(mine->rank));
+      for (int token = threadIdx.x / 16 % 4; written && token < mine->tokens; token += 4) {
         float value = 0.f;
 #pragma unroll
         for (int w = 0; w < kTeam; ++w) {
           value += shared.partial[phase][place][w][token * kTokenPitch + rank];
         }
-        value = r < segment.rank ? value * segment.sigma[r] : 0.f;
-        segment.h[static_cast<int64_t>(token) * gemm.ranks + r] = value;
+        value = my_rank < mine->rank ? value * my_sigma : 0.f;
+        mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;
       }
     }
     waiting = 0;
@@ -504,7 +506,9 @@ template <typename T>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   const int64_t most =
       static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
-  const int64_t resident = static_cast<int64_t>(multiprocessors()) * kResident;
+  // With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end.
+  const int64_t resident =
+      static_cast<int64_t>(multiprocessors()) * (gemm.token_count < 8 ? 1 : kResident);
   const int grid = static_cast<int>(most < resident ? most : resident);
   return launch_dependent(shrink_kernel<T>, dim3(grid), kTeamThreads, sizeof(Shared), stream, gemm);
 }
