@@ -332,8 +332,8 @@ def _mapped(file: Path, shape: tuple[int, int, int], dtype: torch.dtype) -> torc
 def add_gram(total: torch.Tensor, x: torch.Tensor, weight: float) -> None:
     """Adds `weight * x^T x` to `total`.
 
-    16-bit values go to a GPU's tensor cores as they are: the product of two of them is exact in the float32 that it is
-    summed in, so this is no less exact than converting them first, and ten times as fast.
+    16-bit values go to a GPU's tensor cores as they are, ten times as fast as in float32: the product of two of them is
+    exact there, and float32 sums cut off at their last bit are about 2e-5 short over 4096 tokens.
 
     Args:
         total: [features, features] float32.

@@ -27,7 +27,11 @@ from typing import Any
 
 import torch
 import transformers
-from synthetic import SHAPES, write_pair
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from parts import Parts  # noqa: E402
+from synthetic import SHAPES, write_pair  # noqa: E402
 
 SAMPLES, LENGTH = 128, 2048
 
@@ -123,7 +127,6 @@ def write_step(arguments: argparse.Namespace) -> None:
 
 def compress_step(arguments: argparse.Namespace) -> None:
     from deltaweave.converter import CompressionOptions, compress
-    from parts import Parts
 
     moments = check_moments() if arguments.check_moments else None
     parts = Parts()
