@@ -30,8 +30,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from parts import Parts  # noqa: E402
-from synthetic import SHAPES, write_pair  # noqa: E402
+from parts import Parts
+from synthetic import SHAPES, write_pair
 
 SAMPLES, LENGTH = 128, 2048
 

@@ -163,7 +163,7 @@ def spread(visits, columns):
 def check_block(kernel, quantizers, block, factor, visits):
     """The kernel's codes, grids, values and errors are those of the CPU, which rounds every operation alike.
 
-    Sums of other order break a tie the other way once in some 100,000 codes, and what follows in its group then differs.
+    Once in some 100,000 codes a tie is broken the other way, and what follows in its group then differs.
     """
     ours, theirs = block[:, visits].cuda(), block[:, visits]
     expected_errors = gptq_module.quantize_block(quantizers[1], visits, theirs, factor)
