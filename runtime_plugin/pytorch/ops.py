@@ -2,7 +2,6 @@
 """The ops `torch.ops.deltaweave.*`: schemas, checks and fake kernels; what a step over many tenants is made of.
 
     plan        (slots, slot_count, plan!)                        groups a step's tokens by slot
-    linears     (arena, directory, plan, x, weights, ...) -> ys   y_s = W_s x + U^T (sigma * (V x)): layers that read x
     delta_gemm  (arena, directory, plan, x, ys!, parameters, ...) y_s += U^T (sigma * (V x)), fused over slices s
     dense_gemm  (arena, directory, plan, x, y!, parameter, ...)   lm_head's low-bit or replaced rows
     rms_norm    (arena, directory, slots, x, weight, ...)         with the norm weight of each token's slot
@@ -26,12 +25,10 @@ from deltaweave.formats import DeltaweaveError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, MAX_SLICES, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import ops_cpu, ops_cuda
 
-__all__ = ["OpError", "add_bias", "delta_gemm", "dense_gemm", "embed", "linears", "plan", "rms_norm"]
+__all__ = ["OpError", "add_bias", "delta_gemm", "dense_gemm", "embed", "plan", "rms_norm"]
 
 SCHEMAS = {
     "plan": "(Tensor slots, int slot_count, Tensor(a!) plan) -> ()",
-    "linears": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor[] weights, int[] parameters, "
-    "int max_rank, bool overlap) -> Tensor[]",
     "delta_gemm": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, int[] parameters, "
     "int max_rank, int in_offset=0, int[]? out_offsets=None) -> ()",
     "dense_gemm": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!) y, int parameter, "
@@ -53,29 +50,6 @@ def _plan(slots: torch.Tensor, slot_count: int, plan: torch.Tensor) -> None:
     _require_slots(slots, slots.device)
     _require("plan", plan, torch.int32, 1, slots.device)
     _backend(slots).plan(slots, slot_count, plan)
-
-
-def _linears(
-    arena: torch.Tensor,
-    directory: torch.Tensor,
-    plan: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    parameters: Sequence[int],
-    max_rank: int,
-    overlap: bool,
-) -> list[torch.Tensor]:
-    _require_arena(arena, directory, parameters)
-    _require("plan", plan, torch.int32, 1, arena.device)
-    _require_tokens("x", x, arena.device)
-    for weight in weights:
-        _require("weight", weight, x.dtype, 2, arena.device)
-        if weight.shape[1] != x.shape[1]:
-            raise OpError(f"x of {x.shape[1]} features for a weight of shape {list(weight.shape)}")
-    ys = [x.new_empty(len(x), len(weight)) for weight in weights]
-    _require_slices(ys, parameters, x)
-    _backend(arena).linears(arena, directory, plan, x, weights, ys, parameters, max_rank, overlap)
-    return ys
 
 
 def _delta_gemm(
@@ -248,19 +222,6 @@ def _fake_rms_norm(
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-def _fake_linears(
-    arena: torch.Tensor,
-    directory: torch.Tensor,
-    plan: torch.Tensor,
-    x: torch.Tensor,
-    weights: Sequence[torch.Tensor],
-    parameters: Sequence[int],
-    max_rank: int,
-    overlap: bool,
-) -> list[torch.Tensor]:
-    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-
-
 def _fake_embed(
     arena: torch.Tensor,
     directory: torch.Tensor,
@@ -279,7 +240,6 @@ def _fake_nothing(*args: object, **kwargs: object) -> None:
 _library = torch.library.Library("deltaweave", "DEF")
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "plan": (_plan, _fake_nothing),
-    "linears": (_linears, _fake_linears),
     "delta_gemm": (_delta_gemm, _fake_nothing),
     "dense_gemm": (_dense_gemm, _fake_nothing),
     "rms_norm": (_rms_norm, _fake_rms_norm),
@@ -294,7 +254,6 @@ for _name, _schema in SCHEMAS.items():
     torch.library.register_fake(f"deltaweave::{_name}", _fake, lib=_library)
 
 plan = torch.ops.deltaweave.plan.default
-linears = torch.ops.deltaweave.linears.default
 delta_gemm = torch.ops.deltaweave.delta_gemm.default
 dense_gemm = torch.ops.deltaweave.dense_gemm.default
 rms_norm = torch.ops.deltaweave.rms_norm.default

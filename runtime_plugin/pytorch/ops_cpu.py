@@ -26,23 +26,6 @@ class Reference:
         plan[: len(slots)] = torch.where((slots >= 0) & (slots < slot_count), slots, -1)
 
     @staticmethod
-    def linears(
-        arena: Tensor,
-        directory: Tensor,
-        plan: Tensor,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        ys: Sequence[Tensor],
-        parameters: Sequence[int],
-        max_rank: int,
-        overlap: bool,
-    ) -> None:
-        """The base's products, then the deltas' terms."""
-        for y, weight in zip(ys, weights, strict=True):
-            y.copy_(functional.linear(x, weight))
-        Reference.delta_gemm(arena, directory, plan, x, ys, parameters, max_rank, 0, [0] * len(ys))
-
-    @staticmethod
     def delta_gemm(
         arena: Tensor,
         directory: Tensor,

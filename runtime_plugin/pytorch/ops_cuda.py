@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from deltaweave.runtime_plugin.library import (
@@ -34,36 +33,6 @@ class Kernels:
             native_library().plan_tokens(
                 slots.data_ptr(), len(slots), slot_count, plan.data_ptr(), 4 * plan.numel(), stream=_stream(slots)
             )
-
-    @staticmethod
-    def linears(
-        arena: Tensor,
-        directory: Tensor,
-        plan: Tensor,
-        x: Tensor,
-        weights: Sequence[Tensor],
-        ys: Sequence[Tensor],
-        parameters: Sequence[int],
-        max_rank: int,
-        overlap: bool,
-    ) -> None:
-        """With `overlap` stage 1, which reads x alone, runs beside the base's products on a stream of its own."""
-        if not len(x):
-            return
-        native = native_library()
-        gemm, _workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, 0, [0] * len(ys))
-        stream = torch.cuda.current_stream(x.device)
-        beside = _side_stream(x.device) if overlap else stream
-        if overlap:
-            beside.wait_stream(stream)
-            native.delta_shrink(gemm, beside.cuda_stream)
-        for y, weight in zip(ys, weights, strict=True):
-            torch.mm(x, weight.T, out=y)
-        if overlap:
-            stream.wait_stream(beside)  # also keeps the workspace, which is the current stream's, from being reused
-        else:
-            native.delta_shrink(gemm, stream.cuda_stream)
-        native.delta_expand(gemm, stream.cuda_stream)
 
     @staticmethod
     def delta_gemm(
@@ -156,12 +125,6 @@ class Kernels:
             y_stride=y.stride(0),
         )
         native_library().embed(arguments, _stream(slots))
-
-
-@cache
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """The stream for what runs beside the current one's work; steps of one device use it in turn."""
-    return torch.cuda.Stream(device)
 
 
 def _stream(tensor: Tensor) -> int:

@@ -24,8 +24,6 @@ from torch.nn import functional
 
 __all__ = ["ServingAttachment", "serve"]
 
-# Steps of at most so many tokens run the delta's first stage beside the base's products: both wait for memory.
-OVERLAP_TOKENS = 256
 # Layers of one parent that read the same input.
 FUSED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
 
@@ -70,19 +68,8 @@ class StepSlots:
         """Slots of the step's tokens, int32 [tokens]."""
         return self._slots[:tokens]
 
-    def linears(
-        self, x: torch.Tensor, weights: Sequence[torch.Tensor], parameters: Sequence[int]
-    ) -> list[torch.Tensor]:
-        """Layers that read x, base and delta; all 2-D."""
-        arena = self.arena
-        ys: list[torch.Tensor] = ops.linears(
-            *(arena.buffer, arena.directory, self._plan, x, weights, parameters, arena.max_rank),
-            overlap=len(x) <= OVERLAP_TOKENS,
-        )
-        return ys
-
     def delta_gemm(self, x: torch.Tensor, ys: Sequence[torch.Tensor], parameters: Sequence[int]) -> None:
-        """Adds the factored deltas of layers that read x to what is there."""
+        """Adds the factored deltas of layers that read x; all 2-D."""
         arena = self.arena
         ops.delta_gemm(arena.buffer, arena.directory, self._plan, x, ys, parameters, arena.max_rank)
 
@@ -148,9 +135,13 @@ class ServedLinears:
         self._step, self._weights, self._biases = step, list(weights), list(biases)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """[..., in_features] to each layer's [..., out_features]."""
+        """[..., in_features] to each layer's [..., out_features].
+
+        The base's part and the delta's are the one place where stage 1 could run beside the base's products.
+        """
         flat = x.reshape(-1, x.shape[-1])
-        ys = self._step.linears(flat, [weight.detach() for weight, _ in self._layers], self._weights)
+        ys = [functional.linear(flat, weight.detach()) for weight, _ in self._layers]
+        self._step.delta_gemm(flat, ys, self._weights)
         if self._biases:
             self._add_biases(ys)
         return [y.view(*x.shape[:-1], -1) for y in ys]

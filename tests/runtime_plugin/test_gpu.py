@@ -83,7 +83,7 @@ class Both:
         for device, arena in self.arenas.items():
             moved = copy.deepcopy([_moved(tensor, device) for tensor in tensors])
             whose = slots_of(slots, device)
-            plan_or_slots = arena.plan(whose) if "gemm" in name or name == "linears" else whose
+            plan_or_slots = arena.plan(whose) if "gemm" in name else whose
             result = getattr(ops, name)(arena.buffer, arena.directory, plan_or_slots, *moved, **settings)
             results.append(moved[1 if "gemm" in name else 0] if result is None else result)
         return results
@@ -118,13 +118,6 @@ class TestOps:
         for mine, reference in zip(got, expected, strict=True):
             assert error(mine, reference, reference)[1] < TOLERANCE[dtype]
 
-    @pytest.mark.parametrize("overlap", [False, True])
-    def test_linears(self, both, tokens, dtype, overlap):
-        x, weights = torch.randn(tokens, IN).to(dtype), [0.1 * torch.randn(out, IN).to(dtype) for out in OUTS]
-        expected, got = both.run("linears", self.slots(tokens), x, weights, [LINEAR, OTHER], MAX_RANK, overlap)
-        for mine, reference in zip(got, expected, strict=True):
-            assert error(mine, reference, reference)[1] < TOLERANCE[dtype]
-
     def test_lm_head(self, both, tokens, dtype):
         x = torch.randn(tokens, IN).to(dtype)
         y = torch.zeros(tokens, SPARE, dtype=dtype)
@@ -149,19 +142,18 @@ class TestOps:
 
     def test_embed(self, both, tokens, dtype):
         table = torch.randn(60, IN).to(dtype)
-        ids = torch.from_numpy(np.random.default_rng(0).integers(0, SPARE, tokens))
+        ids = (torch.arange(tokens) + 5) % SPARE
         expected, got = both.run("embed", self.slots(tokens), ids, table, EMBEDDING)
         assert got.dtype == dtype
         assert error(got, expected, expected)[1] < TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("name", ["linears", "delta_gemm", "rms_norm", "add_bias", "embed"])
+@pytest.mark.parametrize("name", ["delta_gemm", "rms_norm", "add_bias", "embed"])
 def test_opcheck(both, name):
     arena, slots = both.arenas["cuda"], slots_of([0, -1, 1], "cuda")
     held = (arena.buffer, arena.directory)
     x, y = torch.randn(3, IN).cuda().half(), torch.randn(3, OUTS[0]).cuda().half()
     arguments = {
-        "linears": (*held, arena.plan(slots), x, [torch.randn(OUTS[0], IN).cuda().half()], [LINEAR], MAX_RANK, True),
         "delta_gemm": (*held, arena.plan(slots), x, [y], [LINEAR], MAX_RANK),
         "rms_norm": (*held, slots, x, x[0].contiguous(), 1e-5, NORM),
         "add_bias": (*held, slots, [y], [None], [BIAS]),

@@ -69,16 +69,6 @@ def test_delta_gemm(bands, size, seed, slots):
             assert torch.allclose(y[token], old[token] + term, rtol=1e-4, atol=1e-4)
 
 
-def test_linears():
-    """The base's products and delta_gemm in one."""
-    given = arguments()["linears"]
-    found = ops.linears(**given)
-    ys = [given["x"] @ weight.T for weight in given.pop("weights")]
-    ops.delta_gemm(**{name: value for name, value in given.items() if name != "overlap"}, ys=ys)
-    for y, expected in zip(found, ys, strict=True):
-        assert torch.allclose(y, expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("size", [None, 128])
 @pytest.mark.parametrize("bits", [1, 4, 8])
 def test_rows_of_embedding_and_head(bits, size):
@@ -167,15 +157,6 @@ def arguments():
     held = {"arena": arena.buffer, "directory": arena.directory}
     return {
         "plan": {"slots": slots, "slot_count": SLOTS, "plan": plan},
-        "linears": {
-            **held,
-            "plan": plan,
-            "x": x,
-            "weights": [torch.randn(OUTS[0], IN), torch.randn(OUTS[1], IN)],
-            "parameters": [LINEAR, OTHER],
-            "max_rank": 256,
-            "overlap": True,
-        },
         "delta_gemm": {**held, "plan": plan, "x": x, "ys": [y, y.clone()], "parameters": [LINEAR] * 2, "max_rank": 256},
         "dense_gemm": {**held, "plan": plan, "x": x, "y": torch.randn(3, SPARE), "parameter": HEAD, "max_rank": 256},
         "rms_norm": {**held, "slots": slots, "x": x, "weight": torch.rand(IN), "epsilon": 1e-5, "parameter": NORM},
@@ -184,7 +165,7 @@ def arguments():
     }
 
 
-@pytest.mark.parametrize("name", ["plan", "linears", "delta_gemm", "dense_gemm", "rms_norm", "add_bias", "embed"])
+@pytest.mark.parametrize("name", ["plan", "delta_gemm", "dense_gemm", "rms_norm", "add_bias", "embed"])
 def test_opcheck(name):
     torch.library.opcheck(getattr(ops, name), (), arguments()[name])
 
@@ -209,9 +190,6 @@ def test_opcheck(name):
         ("delta_gemm", {"ys": [], "parameters": []}, "0 ys and 0 parameters, expected 1 to 4"),
         ("delta_gemm", {"parameters": [0]}, "2 ys and 1 parameters"),
         ("delta_gemm", {"parameters": [0, 6]}, "parameter 6, the directory has 6"),
-        ("linears", {"weights": [torch.zeros(4, 8)] * 2}, r"x of 200 features for a weight of shape \[4, 8\]"),
-        ("linears", {"weights": [torch.zeros(4, IN).half()] * 2}, "weight of torch.float16"),
-        ("linears", {"weights": []}, "0 ys and 2 parameters"),
         ("dense_gemm", {"parameter": -1}, "parameter -1, the directory has 6"),
         ("rms_norm", {"weight": torch.zeros(7)}, r"x of shape \[3, 200\] for 3 tokens and a norm of 7"),
         ("rms_norm", {"weight": torch.zeros(IN).half()}, "weight of torch.float16"),
