@@ -12,10 +12,12 @@ extrapolated. `--check-moments` compares the second moments of the first layer w
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -123,6 +125,7 @@ def process_bytes(process: int) -> int:
 
 def write_step(arguments: argparse.Namespace) -> None:
     write_pair(arguments.folder, SHAPES[arguments.shape], arguments.layers, torch.device(arguments.device))
+    os.sync()  # the pair is on the disk, not on its way there, when the clock starts
 
 
 def compress_step(arguments: argparse.Namespace) -> None:
@@ -134,12 +137,15 @@ def compress_step(arguments: argparse.Namespace) -> None:
     options = CompressionOptions(
         samples=arguments.samples, sequence_length=arguments.sequence_length, device=arguments.device
     )
+    layers = LayerClock()
     with GpuMemory(arguments.device) as memory:
         start = time.monotonic()
-        output = compress(*pair, arguments.folder / "delta.safetensors", options, force=True, restart=True)
+        target = arguments.folder / "delta.safetensors"
+        output = compress(*pair, target, options, force=True, restart=True, progress=layers)
         seconds = time.monotonic() - start
     measured = {
         "seconds_in_compress": round(seconds, 1),
+        "seconds_of_layers": layers.seconds,
         "peak_gpu_bytes": memory.peak_used,
         "peak_gpu_bytes_allocated": memory.peak_allocated,
         "file_bytes": output.stat().st_size,
@@ -148,6 +154,22 @@ def compress_step(arguments: argparse.Namespace) -> None:
     }
     (arguments.folder / "measured.json").write_text(json.dumps(measured))
     output.unlink()
+
+
+class LayerClock:
+    """A progress function that notes when each layer begins; the last one's end is not told."""
+
+    def __init__(self) -> None:
+        self._begun: list[float] = []
+
+    def __call__(self, description: str, done: float, total: float) -> None:
+        if description == "compressing" and int(done) == len(self._begun):
+            self._begun.append(time.monotonic())
+
+    @property
+    def seconds(self) -> list[float]:
+        """From each layer's beginning to the next one's."""
+        return [round(after - before, 2) for before, after in itertools.pairwise(self._begun)]
 
 
 class GpuMemory:
