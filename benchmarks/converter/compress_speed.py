@@ -227,6 +227,8 @@ def check_moments() -> dict[str, float]:
 def print_table(result: dict[str, Any]) -> None:
     whole = "" if result["whole_model"] else f", {result['layers']} layers only: no figure of the whole model"
     print(f"\n{result['model']}{whole}: {result['seconds']:.1f} s ({result['seconds_in_compress']:.1f} s in compress)")
+    if result["seconds_of_layers"]:
+        print(f"a layer: median {statistics.median(result['seconds_of_layers']):.2f} s")
     print(
         f"peak GPU {result['peak_gpu_bytes'] / 1e9:.2f} GB, PyTorch's {result['peak_gpu_bytes_allocated'] / 1e9:.2f} GB"
     )
