@@ -271,11 +271,6 @@ typedef struct dw_gemm {
 /* Reads sizes alone: pointers may be NULL. */
 DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
-/* Its two halves with the same arguments, for a host that runs the first beside the base product on
- * a stream of its own: the first reads x and fills the workspace, the second reads the workspace and
- * adds to y. */
-DW_API dw_status dw_delta_shrink(const dw_gemm* args, void* stream);
-DW_API dw_status dw_delta_expand(const dw_gemm* args, void* stream);
 
 /* lm_head of tenants whose record is not factored, for one slice and the same plan and workspace:
  * DENSE: y[t, r] += row r . x[t]; ROWS: y[t, indices[r]] = row r . x[t], whatever y held. A host

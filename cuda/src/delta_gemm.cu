@@ -121,30 +121,15 @@ dw_status expand(const dw_gemm& args, const Workspace& cut, cudaStream_t stream)
   return check_launch(launch_expand(gemm, stream), "expand");
 }
 
-// Checks the arguments and runs the stages on the stream.
-template <typename... Stage>
-dw_status run(const dw_gemm* args, void* stream_pointer, Stage... stages) {
-  if (args == nullptr) return fail(DW_ERROR_ARGUMENT, "null argument");
-  DW_RETURN_IF_ERROR(check_sizes(*args));
-  DW_RETURN_IF_ERROR(check_pointers(*args));
-  const Workspace cut = cut_workspace(*args);
-  dw_status status = DW_OK;
-  const auto next = [&](auto stage) {
-    if (status == DW_OK) status = stage(*args, cut, static_cast<cudaStream_t>(stream_pointer));
-  };
-  (next(stages), ...);
-  return status;
-}
-
 }  // namespace
 }  // namespace dw
 
-dw_status dw_delta_shrink(const dw_gemm* args, void* stream) {
-  return dw::run(args, stream, dw::shrink);
-}
-dw_status dw_delta_expand(const dw_gemm* args, void* stream) {
-  return dw::run(args, stream, dw::expand);
-}
-dw_status dw_delta_gemm(const dw_gemm* args, void* stream) {
-  return dw::run(args, stream, dw::shrink, dw::expand);
+dw_status dw_delta_gemm(const dw_gemm* args, void* stream_pointer) {
+  if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
+  DW_RETURN_IF_ERROR(dw::check_sizes(*args));
+  DW_RETURN_IF_ERROR(dw::check_pointers(*args));
+  const dw::Workspace cut = dw::cut_workspace(*args);
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
+  DW_RETURN_IF_ERROR(dw::shrink(*args, cut, stream));
+  return dw::expand(*args, cut, stream);
 }

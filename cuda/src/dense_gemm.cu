@@ -10,12 +10,12 @@
 // Roofline: bytes. A tenant's rows are read once from memory for up to 8 * kTiles tokens: 135 MB at
 // 32000 x 4096 and 8 bits, 32 us at 4.2 TB/s. x (8 KB a token) stays in L1.
 //
-// Work item = (chunk of one tenant's tokens, 16 rows), one warp: it streams the rows' groups, which
-// lie one behind the other, through its own ring (ring.cuh). Rows are the tensor core's 16-row
-// operand, tokens its 8 columns. Per group of 128 features P = sum of biased codes * x, and one
-// more product has the biases in rows 0-7 and ones in rows 8-15, which gives D = sum of biases * x
-// and S = sum of x: acc += scale * (P - D - zero * S). Sums run over the groups in order, so a
-// token's bits depend on nothing but its slot and x.
+// Work item = (chunk of one tenant's tokens, block of rows), one warp: it streams the block's
+// groups, which lie one behind the other, through its own ring (ring.cuh). Rows are the tensor
+// core's 16-row operand, tokens its 8 columns. Per group of 128 features P = sum of biased codes *
+// x, and one more product has the biases in rows 0-7 and ones in rows 8-15, which gives D = sum of
+// biases * x and S = sum of x: acc += scale * (P - D - zero * S). Sums run over the groups in
+// order, so a token's bits depend on nothing but its slot and x.
 #include "batch.cuh"
 #include "fragment.cuh"
 #include "gemm_args.h"
@@ -28,7 +28,6 @@ namespace {
 
 constexpr int kStages = 4;
 constexpr int kStageBytes = 2304;  // four groups of 2 bits
-constexpr int kSpanRows = 16;      // of a work item
 constexpr uint32_t kOnes = 0x3c003c00u;
 
 using WarpRing = Ring<kStages, kStageBytes>;
@@ -74,11 +73,11 @@ __device__ __forceinline__ const int64_t* row_of(const Dense& dense, int4 chunk)
   return dense.rows + static_cast<int64_t>(chunk.x) * DW_DIRECTORY_FIELDS;
 }
 
-// Rows of a record that this product takes; 0 for other kinds.
-__device__ __forceinline__ int row_count(const int64_t* row) {
-  const int64_t kind = row[DW_FIELD_KIND];
+// Blocks of rows that this product takes of a record; none of other kinds.
+__device__ __forceinline__ int block_count_of(const int64_t* row) {
+  const int64_t kind = row[DW_FIELD_KIND], shape = row[DW_FIELD_BANDS + DW_BAND_SHAPE];
   const bool mine = kind == DW_DENSE + 1 || kind == DW_ROWS + 1;
-  return mine ? static_cast<int>(row[DW_FIELD_ROWS]) : 0;
+  return mine ? block_count(band_bits(shape), band_rank(shape)) : 0;
 }
 
 __device__ __forceinline__ Work find_work(const Dense& dense, int index) {
@@ -93,7 +92,7 @@ __device__ __forceinline__ Work find_work(const Dense& dense, int index) {
   if (row[DW_FIELD_KIND] == DW_ROWS + 1) {
     work.indices = reinterpret_cast<const int32_t*>(dense.arena + row[DW_FIELD_INDICES]);
   }
-  work.rows = row_count(row);
+  work.rows = band_rank(shape);
   work.bits = band_bits(shape);
   work.codebook = band_grid(shape) == DW_GRID_CODEBOOK;
   work.order = chunk.y;
@@ -207,23 +206,21 @@ struct Warp {
     return dense.plan[plan_order(dense.token_count) + order];
   }
 
-  // Rows first .. first + 15 for all tokens of a chunk.
-  __device__ __forceinline__ void span(const Work& work, int first) const {
-    for (int token = 0; token < work.tokens; token += 8 * kTiles) {
-      dispatch(work.bits, work.codebook, [&]<int kBits, bool kLevels>() {
-        for (int row = first; row < min(first + kSpanRows, work.rows); row += block_ranks(kBits)) {
-          block<kBits, kLevels>(work, row, token);
-        }
-      });
-    }
+  // One block of rows for all tokens of a chunk.
+  __device__ __forceinline__ void item(const Work& work, int index) const {
+    dispatch(work.bits, work.codebook, [&]<int kBits, bool kLevels>() {
+      for (int token = 0; token < work.tokens; token += 8 * kTiles) {
+        multiply_block<kBits, kLevels>(work, index, token);
+      }
+    });
   }
 
   template <int kBits, bool kLevels>
-  __device__ __forceinline__ void block(const Work& work, int row, int token) const {
-    const int block = row / block_ranks(kBits);
+  __device__ __forceinline__ void multiply_block(const Work& work, int index, int token) const {
+    const int row = index * block_ranks(kBits);
     BlockProduct<kBits, kLevels, kTiles> product = {ring, memory};
     product.from =
-        work.v + static_cast<int64_t>(block) * dense.in_groups * whole_block_bytes(kBits);
+        work.v + static_cast<int64_t>(index) * dense.in_groups * whole_block_bytes(kBits);
     product.ranks = min(work.rows - row, block_ranks(kBits));
     product.groups = dense.in_groups;
     product.levels = work.levels;
@@ -275,22 +272,20 @@ __global__ void __launch_bounds__(kThreads, kResident<kTiles>)
     dense_kernel(const __grid_constant__ Dense dense) {
   extern __shared__ __align__(128) unsigned char shared[];
   __shared__ uint64_t barriers[kWarps][kStages];
-  __shared__ int spans[DW_MAX_TOKENS];  // work items a chunk
+  __shared__ int blocks[DW_MAX_TOKENS];  // work items a chunk
   const int chunks = chunk_count(dense), warp = threadIdx.x / 32;
   for (int chunk = threadIdx.x; chunk < chunks; chunk += kThreads) {
-    spans[chunk] = ceil_div(row_count(row_of(dense, chunk_of(dense, chunk))), kSpanRows);
+    blocks[chunk] = block_count_of(row_of(dense, chunk_of(dense, chunk)));
   }
   __syncthreads();
   unsigned char* memory = shared + warp * kStages * kStageBytes;
   WarpRing ring(memory, barriers[warp]);
   const Warp<T, kTiles> self = {dense, ring, memory};
-  int next = blockIdx.x * kWarps + warp;
-  for (int chunk = 0, start = 0; chunk < chunks; start += spans[chunk++]) {
-    if (next >= start + spans[chunk]) continue;
+  int next = warp * gridDim.x + blockIdx.x;  // few items go to many multiprocessors
+  for (int chunk = 0, start = 0; chunk < chunks; start += blocks[chunk++]) {
+    if (next >= start + blocks[chunk]) continue;
     const Work work = find_work(dense, chunk);
-    for (; next < start + spans[chunk]; next += gridDim.x * kWarps) {
-      self.span(work, (next - start) * kSpanRows);
-    }
+    for (; next < start + blocks[chunk]; next += gridDim.x * kWarps) self.item(work, next - start);
   }
 }
 
@@ -302,7 +297,7 @@ cudaError_t launch(const Dense& dense, cudaStream_t stream) {
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kShared);
   if (error != cudaSuccess) return error;
   const int64_t most =
-      static_cast<int64_t>(dense.token_count) * ceil_div(dense.out_features, kSpanRows * kWarps);
+      static_cast<int64_t>(dense.token_count) * ceil_div(dense.out_features, 8 * kWarps);
   const int64_t resident = static_cast<int64_t>(multiprocessors()) * kResident<kTiles>;
   const int grid = static_cast<int>(most < resident ? most : resident);
   kernel<<<grid, kThreads, kShared, stream>>>(dense);

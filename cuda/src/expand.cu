@@ -414,9 +414,7 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
   const int64_t most = static_cast<int64_t>(gemm.token_count) * groups;
-  // With few tokens latency counts: room is left for the next kernel to begin beside this one's end.
-  const int blocks_each = gemm.token_count < 8 ? 1 : 16 / (kTeam * kTeams);
-  const int64_t resident = static_cast<int64_t>(multiprocessors()) * blocks_each;
+  const int64_t resident = static_cast<int64_t>(multiprocessors()) * (16 / (kTeam * kTeams));
   const int grid = static_cast<int>(most < resident ? most : resident);
   // Tokens 16 bytes apart in the banks' cycle of 128: eight lanes read different ones.
   const int pitch = ceil_div(gemm.ranks, 64) * 64 + 16;

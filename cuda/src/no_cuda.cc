@@ -19,19 +19,10 @@ dw_status dw_repack(const dw_repack_args* args, void*) {
   DW_RETURN_IF_ERROR(dw::check_repack(*args));
   return refuse("dw_repack");
 }
-static dw_status check_and_refuse(const dw_gemm& args, const char* name) {
-  DW_RETURN_IF_ERROR(dw::check_sizes(args));
-  DW_RETURN_IF_ERROR(dw::check_pointers(args));
-  return refuse(name);
-}
 dw_status dw_delta_gemm(const dw_gemm* args, void*) {
-  return check_and_refuse(*args, "dw_delta_gemm");
-}
-dw_status dw_delta_shrink(const dw_gemm* args, void*) {
-  return check_and_refuse(*args, "dw_delta_shrink");
-}
-dw_status dw_delta_expand(const dw_gemm* args, void*) {
-  return check_and_refuse(*args, "dw_delta_expand");
+  DW_RETURN_IF_ERROR(dw::check_sizes(*args));
+  DW_RETURN_IF_ERROR(dw::check_pointers(*args));
+  return refuse("dw_delta_gemm");
 }
 dw_status dw_dense_gemm(const dw_gemm* args, void*) {
   DW_RETURN_IF_ERROR(dw::check_dense(*args));

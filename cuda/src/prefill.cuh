@@ -25,6 +25,8 @@
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
 #define DW_WGMMA 1
+#elif defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+#error "compute capability 9.0 needs the target 90a (wgmma)"
 #endif
 
 namespace dw {

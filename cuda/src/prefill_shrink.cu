@@ -201,7 +201,7 @@ __device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages, kOwn
 }
 
 template <int kStages, int kOwn>
-__global__ void __launch_bounds__(kThreads, 1) shrink_kernel(const __grid_constant__ Gemm gemm) {
+__device__ __forceinline__ void run(const Gemm& gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kStages, kOwn>*>(memory);
   if (threadIdx.x == 0) shared.stages.initialize();
@@ -223,6 +223,14 @@ __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(const __grid_consta
       consume(gemm, item_at(gemm, index, block_tiles, blocks), shared, turn);
     }
   }
+}
+
+template <int kStages, int kOwn>
+__global__ void __launch_bounds__(kThreads, 1) shrink_kernel(const __grid_constant__ Gemm gemm) {
+#if !DW_WGMMA
+  if constexpr (kOwn == 1)  // two blocks a warp are launched on compute capability 9.0 alone
+#endif
+    run<kStages, kOwn>(gemm);
 }
 
 template <int kStages, int kOwn>

@@ -90,6 +90,9 @@ __device__ __forceinline__ int most_blocks(const Gemm& gemm, int* shared_most) {
   int own = 0;
   for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
     const int64_t* row = row_of(gemm, pair);
+    // The bands' fields are read next, and lie in other lines.
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS));
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS + 16));
     if (is_factored(row)) own = max(own, static_cast<int>(row[DW_FIELD_ROW_BLOCKS]));
   }
   own = __reduce_max_sync(0xffffffffu, own);
