@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Literal
 
@@ -60,24 +60,27 @@ class Completion:
     finish_reason: Literal["stop", "length"]
 
 
-@dataclass
 class _Row:
-    """A request at work in a row of the batch."""
+    """A request at work in a row of the batch; `text` is its prompt and what has come so far."""
 
-    index: int
-    request: Request
-    row: int
-    chooser: Chooser
-    new: list[int] = field(default_factory=list)
-
-    @property
-    def text(self) -> list[int]:
-        return [*self.request.tokens, *self.new]
+    def __init__(self, index: int, request: Request, row: int) -> None:
+        self.index, self.request, self.row = index, request, row
+        self.chooser = Chooser(request.sampling)
+        self.text = list(request.tokens)
 
     @property
-    def position(self) -> int:
-        """Of the last token, which the next decode step reads."""
-        return len(self.request.tokens) + len(self.new) - 1
+    def new(self) -> list[int]:
+        return self.text[len(self.request.tokens) :]
+
+    def accept(self, token: int, write: Callable[[int, int], None] | None) -> Completion | None:
+        """Adds a token; the completion if that was the last one."""
+        if token in self.request.stop:
+            return Completion(self.new, "stop")
+        self.text.append(token)
+        if write:
+            write(self.index, token)
+        full = len(self.text) == len(self.request.tokens) + self.request.max_new_tokens
+        return Completion(self.new, "length") if full else None
 
 
 @dataclass(frozen=True)
@@ -168,7 +171,7 @@ class Decoder:
         def advance(rows: Sequence[_Row], logits: torch.Tensor) -> None:
             tokens = choose(logits, [row.chooser for row in rows], [row.text for row in rows])
             for row, token in zip(rows, tokens, strict=True):
-                if completion := _accept(row, token, write):
+                if completion := row.accept(token, write):
                     done[row.index] = completion
                     active.pop(row.row, None)
                 else:
@@ -207,7 +210,7 @@ class Decoder:
                 break
             waiting.popleft()
             tenants.add(request.tenant)
-            admitted.append(_Row(index, request, row, Chooser(request.sampling)))
+            admitted.append(_Row(index, request, row))
         return admitted
 
     def _prefill(self, rows: Sequence[_Row]) -> Iterator[tuple[Sequence[_Row], torch.Tensor]]:
@@ -232,7 +235,7 @@ class Decoder:
         inputs = torch.zeros(2, bucket, dtype=torch.int64, pin_memory=self._device.type == "cuda")
         tenants: list[str | None] = [None] * bucket
         for row in rows:
-            inputs[0, row.row], inputs[1, row.row] = row.text[-1], row.position
+            inputs[0, row.row], inputs[1, row.row] = row.text[-1], len(row.text) - 1
             tenants[row.row] = row.request.tenant
         self._inputs[:, :bucket].copy_(inputs, non_blocking=True)
         with self._attachment.step(tenants):
@@ -281,16 +284,6 @@ class Decoder:
     def _bucket(self, rows: int) -> int:
         """The smallest power of two that holds so many rows, or all rows."""
         return min(1 << (rows - 1).bit_length(), self._max_batch)
-
-
-def _accept(row: _Row, token: int, write: Callable[[int, int], None] | None) -> Completion | None:
-    """Adds a token to a row; its completion if that was the last one."""
-    if token in row.request.stop:
-        return Completion(row.new, "stop")
-    row.new.append(token)
-    if write:
-        write(row.index, token)
-    return Completion(row.new, "length") if len(row.new) == row.request.max_new_tokens else None
 
 
 def _groups(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
