@@ -78,15 +78,19 @@ def _activation_bytes(plan: CompressionPlan, options: CompressionOptions) -> int
 def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
     device = options.torch_device
     double, single = _rate(torch.float64, device), _rate(torch.float32, device)
+    own = _rate(_dtype(plan, options), device)
     stages = [stage for layer in plan.layers for stage in layer]
-    seconds = sum(_svd_operations(p) for p in plan.projections) / double
-    seconds += sum(4 * p.shape[0] * p.shape[1] * plan.bands[p.weight].rank for p in plan.projections) / single
+    decomposing = sum(_svd_operations(p) for p in plan.projections) / double
+    seconds = sum(4 * p.shape[0] * p.shape[1] * plan.bands[p.weight].rank for p in plan.projections) / single
     if options.calibrated:
         tokens = _tokens(plan, options)
-        seconds += sum(_gptq_operations(plan, stage) + 2 * tokens * _width(stage) ** 2 for stage in stages) / single
+        moments = sum(2.0 * tokens * _width(stage) ** 2 for stage in stages)
+        seconds += moments / (own if device.type == "cuda" else single)
+        seconds += sum(_gptq_operations(plan, stage) for stage in stages) / single
         seconds += sum(_columns(plan, stage) for stage in stages) * COLUMN_SECONDS[device.type]
-        seconds += tokens * _forward_operations(plan) / _rate(_dtype(plan, options), device)
-    return seconds
+        seconds += tokens * _forward_operations(plan) / own
+    # A GPU decomposes beside the rest.
+    return max(decomposing, seconds) if device.type == "cuda" else decomposing + seconds
 
 
 def _width(stage: list[Projection]) -> int:
@@ -135,7 +139,15 @@ def _memory(plan: CompressionPlan, options: CompressionOptions) -> int:
         chunk = max(CHUNK_TOKENS[options.torch_device.type], options.sequence_length or 0)
         widest = max(max(p.shape) for stage in layer for p in stage)
         forward = chunk * widest * (4 * dtype.itemsize + 8)
-    return IDLE_BYTES + block * (2 if converted else 1) + max(peak, forward)
+    return IDLE_BYTES + block * (2 if converted else 1) + max(peak, forward) + _beside(plan, options)
+
+
+def _beside(plan: CompressionPlan, options: CompressionOptions) -> int:
+    """What a GPU holds beside: a stage read ahead; a layer's input, its output, and the activations being saved."""
+    if options.torch_device.type != "cuda":
+        return 0
+    widest = max(sum(p.shape[0] * p.shape[1] for p in stage) for stage in plan.layers[0])
+    return 2 * 4 * widest + (3 * _activation_bytes(plan, options) if options.calibrated else 0)
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:
