@@ -8,7 +8,8 @@
 //   rows  codes, or fp16 values, in v's order (layout.h)
 //
 // Roofline: bytes. A tenant's rows are read once from memory for up to 8 * kTiles tokens: 135 MB at
-// 32000 x 4096 and 8 bits, 32 us at 4.2 TB/s. x (8 KB a token) stays in L1.
+// 32000 x 4096 and 8 bits, 32 us at 4.2 TB/s. x (8 KB a token) stays in L1. On an H200: 44 us for
+// one tenant, 91 % of the copy rate for 8, 97 % for 32.
 //
 // Work item = (chunk of one tenant's tokens, block of rows), one warp: it streams the block's
 // groups, which lie one behind the other, through its own ring (ring.cuh). Rows are the tensor
