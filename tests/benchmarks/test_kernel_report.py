@@ -128,8 +128,17 @@ def test_the_tables_name_times_ratios_and_reasons() -> None:
     text = markdown(content(rows))
     assert f"| {LABELS['deltaweave']} | 1.28 |" in text
     assert f"| {LABELS['vllm-lora']} | 7.68 (6) |" in text
-    assert f"- {LABELS['humming']}: no kernel image (1 bit 4096x4096 8/8, " in text and "and 2 more)" in text
+    missing = "- no kernel image: 5 measurements, 1 bit 4096x4096 8/8 to 8 bit 4096x4096 8/8"
+    assert f"{missing} ({LABELS['humming']})" in text
     assert "1.0e-03" in text
+
+
+def test_a_model_that_was_not_reached_has_no_table() -> None:
+    rows = decode("deltaweave", 10.0)
+    rows += [failure("deltaweave", case, "not run") for case in model_cases("Llama-2-13B", [8], [])]
+    text = markdown(content(rows))
+    assert "Llama-2-13B, all linears" not in text
+    assert "- not run: 4 measurements, Llama-2-13B qkv 8/8 to Llama-2-13B down 8/8" in text
 
 
 def test_every_contender_has_a_label() -> None:

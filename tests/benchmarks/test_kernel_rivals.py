@@ -17,11 +17,11 @@ from factored_records import RandomBand, RandomFactor, RandomRecord
 
 KERNELS = Path(__file__).parents[2] / "benchmarks" / "kernels"
 sys.path.insert(0, str(KERNELS))
-from rivals import loading, warm, workload  # noqa: E402
+from rivals import loading, vllm_lora, warm, workload  # noqa: E402
 from rivals.cases import MODELS, Band, Case, Group, Slice, model_cases, preset_bands  # noqa: E402
 from rivals.contenders import CONTENDERS, plan  # noqa: E402
 from rivals.factors import PackedFactor, PackedRecord, draw_records  # noqa: E402
-from rivals.measure import Row, layers_for, measure  # noqa: E402
+from rivals.measure import Row, layers_for, measure, refusal  # noqa: E402
 from rivals.ours import Deltaweave  # noqa: E402
 from rivals.torch_rivals import Base, MergedBmm, MergedLoop, TorchBmm, TorchLoop  # noqa: E402
 from rivals.vllm_lora import VllmLora  # noqa: E402
@@ -198,6 +198,21 @@ def test_a_failure_is_a_row_with_its_last_line() -> None:
     row = measure(Broken, small_case(2, 2), 4e12)
     assert row.reason == "no kernel image is available"
     assert row.to_json().keys().isdisjoint({"us", "error", "share"})
+
+
+def test_cuda_errors_are_named_by_their_first_line() -> None:
+    error = RuntimeError("CUDA error: an illegal memory access was encountered\nCompile with `TORCH_USE_CUDA_DSA`.")
+    assert refusal(error) == "RuntimeError: CUDA error: an illegal memory access was encountered"
+
+
+@pytest.mark.parametrize(("model", "fits"), [("Llama-2-7B", True), ("Llama-3-8B", False)])
+def test_vllms_offsets_are_checked_before_they_overflow(model: str, fits: bool) -> None:
+    (case,) = [case for case in model_cases(model, [128], []) if case.group.name == "gate_up"]
+    if fits:
+        vllm_lora._check_offsets(case)
+    else:
+        with pytest.raises(RuntimeError, match="32-bit offsets"):
+            VllmLora(case, 1, "cpu")
 
 
 def test_rows_name_their_case() -> None:

@@ -126,6 +126,6 @@ def device_works() -> bool:
 
 
 def refusal(error: BaseException) -> str:
-    """The last line of a traceback."""
-    lines = "".join(traceback.format_exception_only(error)).strip().splitlines()
-    return lines[-1].strip()[:300] if lines else type(error).__name__
+    """The last line of a traceback; CUDA's errors end with advice and say what happened first."""
+    lines = "".join(traceback.format_exception_only(error)).strip().splitlines() or [type(error).__name__]
+    return lines[0 if "CUDA error" in lines[0] else -1].strip()[:300]

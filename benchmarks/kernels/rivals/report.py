@@ -61,15 +61,22 @@ def _goals(results: Results) -> str:
 def _model_table(results: Results, model: str) -> str:
     steps = results.steps("models")
     rows = []
-    for name in results.contenders("models"):
+    for name in _ordered(results, "models"):
         times = [results.model_ms(model, name, step) for step in steps]
         if any(time is not None for time in times):
             ours = [results.model_ms(model, OURS, step) for step in steps]
             rows.append([LABELS[name], *(_against(time, own) for time, own in zip(times, ours, strict=True))])
+    if not rows:
+        return ""
     shares = [results.model_share(model, OURS, step) for step in steps]
     rows.append(["deltaweave, share of the copy rate", *(f"{share:.0%}" if share else "-" for share in shares)])
     head = ["ms (times deltaweave's)", *(_step_name(step) for step in steps)]
     return f"{model}, all linears of a step:\n\n" + _table(head, rows)
+
+
+def _ordered(results: Results, table: str) -> list[str]:
+    """Its contenders, in the order of the labels."""
+    return [name for name in LABELS if name in results.contenders(table)]
 
 
 def _step_name(step: Step) -> str:
@@ -88,7 +95,7 @@ def _digits(value: float) -> str:
 
 
 def _band_table(results: Results) -> str:
-    names, steps = results.contenders("bands"), results.steps("bands")
+    names, steps = _ordered(results, "bands"), results.steps("bands")
     models = list(dict.fromkeys(row["model"] for row in results.rows if row["table"] == "bands"))
     rows = []
     for model in models:
@@ -107,7 +114,7 @@ def _band_table(results: Results) -> str:
 
 
 def _sweep_table(results: Results) -> str:
-    names = results.contenders("sweep")
+    names = _ordered(results, "sweep")
     points = list(dict.fromkeys((row["model"], row["tokens"]) for row in results.rows if row["table"] == "sweep"))
     rows = []
     for hidden, tenants in points:
@@ -127,9 +134,11 @@ def _error_table(results: Results) -> str:
 
 def _missing(results: Results) -> str:
     lines = []
-    for name, reason, places in results.missing():
-        shown = ", ".join(places[:3]) + (f" and {len(places) - 3} more" if len(places) > 3 else "")
-        lines.append(f"- {LABELS[name]}: {reason} ({shown})")
+    for reason, rows in results.missing().items():
+        names = list(dict.fromkeys(LABELS[row["contender"]] for row in rows))
+        first, last = (f"{row['model']} {row['group']} {row['tokens']}/{row['tenants']}" for row in (rows[0], rows[-1]))
+        span = first if first == last else f"{first} to {last}"
+        lines.append(f"- {reason}: {len(rows)} measurements, {span} ({', '.join(names)})")
     return "Not measured:\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -149,7 +158,7 @@ def draw(content: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     written = []
     for name, paint in plots.items():
         columns = 2 if name == "sweep" else 1
-        figure, axes = plt.subplots(1, columns, figsize=(5.5 * columns + 1.5, 4.5), layout="constrained")
+        figure, axes = plt.subplots(1, columns, figsize=(7.5 * columns, 4.5), layout="constrained")
         paint(results, axes)
         figure.suptitle(f"{content['device']}, {content['date']}", fontsize=9)
         path = folder / f"{stem}_{name}.png"
@@ -161,14 +170,14 @@ def draw(content: dict[str, Any], folder: Path, stem: str) -> list[Path]:
 
 def _draw_tenants(results: Results, axes: Axes) -> None:
     """Time of a decode step's linears against tenants."""
-    for name in results.contenders("models"):
+    for name in _ordered(results, "models"):
         _line(axes, name, [(n, results.model_ms(FIRST_MODEL, name, (n, n))) for n in _tenants(results)])
     _finish(axes, f"{FIRST_MODEL}, one token a tenant", "tenants", "ms a step, linears")
 
 
 def _draw_share(results: Results, axes: Axes) -> None:
     """Bandwidth of each contender's own bytes."""
-    for name in results.contenders("models"):
+    for name in _ordered(results, "models"):
         _line(axes, name, [(n, results.model_share(FIRST_MODEL, name, (n, n))) for n in _tenants(results)])
     axes.axhline(0.8, color="gray", linewidth=0.8, linestyle=":")
     _finish(axes, f"{FIRST_MODEL}: own weight bytes over time", "tenants", "share of the copy rate", linear=True)
@@ -177,7 +186,7 @@ def _draw_share(results: Results, axes: Axes) -> None:
 def _draw_sweep(results: Results, axes: Sequence[Axes]) -> None:
     """Time against PyTorch, over the batch and over the hidden size."""
     rows = [row for row in results.rows if row["table"] == "sweep" and "us" in row]
-    for name in results.contenders("sweep"):
+    for name in _ordered(results, "sweep"):
         own = [row for row in rows if row["contender"] == name]
         _line(axes[0], name, sorted((row["tokens"], row["us"]) for row in own if row["in_features"] == 4096))
         _line(axes[1], name, sorted((row["in_features"], row["us"]) for row in own if row["tokens"] == 8))
@@ -192,7 +201,10 @@ def _tenants(results: Results) -> list[int]:
 def _line(axes: Axes, name: str, points: Sequence[tuple[int, float | None]]) -> None:
     known = [(x, y) for x, y in points if y is not None]
     if known:
-        style = {"color": "black", "linewidth": 2.2, "zorder": 3} if name == OURS else {"linewidth": 1.2}
+        color = f"C{list(LABELS).index(name) - 1}"  # the same in every plot
+        style = (
+            {"color": "black", "linewidth": 2.2, "zorder": 3} if name == OURS else {"color": color, "linewidth": 1.2}
+        )
         axes.plot(*zip(*known, strict=True), marker="o", markersize=4, label=LABELS[name], **style)
 
 
@@ -201,9 +213,9 @@ def _finish(axes: Axes, title: str, x: str, y: str, *, linear: bool = False) -> 
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}")
     if linear:
-        axes.set_ylim(0, 1.05)
+        axes.set_ylim(0, 1.15)
     else:
         axes.set_yscale("log")
     axes.grid(True, which="both", linewidth=0.3)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(fontsize=7)
+        axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1.0))

@@ -36,6 +36,7 @@ class VllmLora(Workload):
     label = "vLLM LoRA kernels, bf16, its defaults"
 
     def __init__(self, case: Case, layers: int, device: str = "cuda") -> None:
+        _check_offsets(case)
         super().__init__(case, layers, device)
         self.ops = _vllm()
         self.ops.clear_pointers()
@@ -159,6 +160,18 @@ class VllmLoraTuned(VllmLora):
             name: fastest([None, *table[name]], lambda config, run=run: run(0, config))
             for name, run in (("shrink", self.shrink), ("expand", self.expand))
         }
+
+
+def _check_offsets(case: Case) -> None:
+    """Its kernels multiply tenant and stride in 32 bits: past them they read anywhere and the device is lost.
+
+    Raises:
+        RuntimeError: the tenants' stacked weights have too many elements.
+    """
+    widest = max(case.group.in_features, *(piece.out_features for piece in case.group.slices))
+    elements = case.tenants * _common_rank(case) * widest
+    if elements >= 1 << 31:
+        raise RuntimeError(f"a stack of {elements:,} weights is beyond its kernels' 32-bit offsets")
 
 
 def _common_rank(case: Case) -> int:
