@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 DEMO := demo
 MODELS := .models
 
-.PHONY: help setup demo test test-slow lint types examples models clean
+.PHONY: help setup demo test test-slow lint types examples models kernels clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -47,6 +47,9 @@ types: $(READY)  ## types
 	@ln -s $(CURDIR)/deltaweave/* build/types/deltaweave/
 	@for room in formats converter runtime_plugin; do ln -sfn $(CURDIR)/$$room build/types/deltaweave/$$room; done
 	@cd build/types && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p deltaweave
+
+kernels:  ## libdeltaweave with kernels for sm_80, sm_89, sm_90 and sm_120, in build/cuda (needs nvcc; minutes)
+	@cmake --preset cuda && cmake --build build/cuda --parallel 2
 
 clean:  ## remove everything that was made here
 	rm -rf $(VENV) build $(DEMO) $(MODELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -8,7 +8,7 @@
 //   x  image (prefill.cuh)   V^ packed (layout.h)   h  float [parts, slices, tokens in plan order,
 //   ranks]; the image of h adds the parts
 //
-// Work item = (chunk, slice, 8 * kOwn blocks of ranks, part of in_features). A warp has kOwn blocks
+// Work item = (chunk, slice, 8 * kEach blocks of ranks, part of in_features). A warp has kEach blocks
 // of 16 ranks; a stage holds 128 features: their part of x's image and a block of codes for each. The
 // parts of in_features are cut by shape and launch alone, so that sums do not depend on other tenants.
 // Two blocks a warp (with the registers of sm_90a) halve the reads of x's image from L2, which would
@@ -82,17 +82,17 @@ __device__ __forceinline__ Item item_at(const Gemm& gemm, int index, int block_t
   return item;
 }
 
-template <int kStages, int kOwn>
+template <int kStages, int kEach>
 struct Shared {
-  unsigned char stage[kStages][kImageBytes + kOwn * kConsumers * kMaxBlockBytes];
+  unsigned char stage[kStages][kImageBytes + kEach * kConsumers * kMaxBlockBytes];
   Stages<kStages, kConsumers> stages;
   int most;
 };
 
-template <int kStages, int kOwn>
-__device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages, kOwn>& shared,
+template <int kStages, int kEach>
+__device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages, kEach>& shared,
                         Turn<kStages>& turn) {
-  constexpr int kBlocks = kOwn * kConsumers;
+  constexpr int kBlocks = kEach * kConsumers;
   const int lane = threadIdx.x % 32, rows = image_rows(item.chunk.z);
   const Block block = find_block(gemm, item.row, item.first_block + min(lane, kBlocks - 1));
   const int own = lane < kBlocks ? block.bytes : 0, image_bytes = rows * 2 * kGroup;
@@ -160,21 +160,21 @@ __device__ __forceinline__ void write_h(const Gemm& gemm, const Item& item, cons
   }
 }
 
-template <int kStages, int kOwn>
-__device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages, kOwn>& shared,
+template <int kStages, int kEach>
+__device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages, kEach>& shared,
                         Turn<kStages>& turn) {
   const int warp = threadIdx.x / 32, rows = image_rows(item.chunk.z);
-  Block blocks[kOwn];
+  Block blocks[kEach];
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) {
+  for (int i = 0; i < kEach; ++i) {
     blocks[i] = find_block(gemm, item.row, item.first_block + i * kConsumers + warp);
   }
-  float sums[kOwn][kColumns][4] = {};
+  float sums[kEach][kColumns][4] = {};
   for (int group = item.first_group; group < item.last_group; ++group, turn.next()) {
     const unsigned char* stage = shared.stage[turn.place];
     shared.stages.wait_full(turn);
 #pragma unroll
-    for (int i = 0; i < kOwn; ++i) {
+    for (int i = 0; i < kEach; ++i) {
       uint32_t a[8][4] = {};
       if (blocks[i].bytes > 0) {
         const unsigned char* codes = stage + kImageBytes + (i * kConsumers + warp) * kMaxBlockBytes;
@@ -197,15 +197,15 @@ __device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages, kOwn
     shared.stages.release(turn);
   }
 #pragma unroll
-  for (int i = 0; i < kOwn; ++i) write_h(gemm, item, blocks[i], sums[i]);
+  for (int i = 0; i < kEach; ++i) write_h(gemm, item, blocks[i], sums[i]);
 }
 
-template <int kStages, int kOwn>
+template <int kStages, int kEach>
 __device__ __forceinline__ void run(const Gemm& gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<kStages, kOwn>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<kStages, kEach>*>(memory);
   if (threadIdx.x == 0) shared.stages.initialize();
-  const int most = most_blocks(gemm, &shared.most), blocks = kOwn * kConsumers;
+  const int most = most_blocks(gemm, &shared.most), blocks = kEach * kConsumers;
   const int block_tiles = ceil_div(most, blocks);
   const int items = chunk_count(gemm) * gemm.slice_count * gemm.tiles * block_tiles;
   after_previous();
@@ -225,18 +225,18 @@ __device__ __forceinline__ void run(const Gemm& gemm) {
   }
 }
 
-template <int kStages, int kOwn>
+template <int kStages, int kEach>
 __global__ void __launch_bounds__(kThreads, 1) shrink_kernel(const __grid_constant__ Gemm gemm) {
 #if !DW_WGMMA
-  if constexpr (kOwn == 1)  // two blocks a warp are launched on compute capability 9.0 alone
+  if constexpr (kEach == 1)  // two blocks a warp are launched on compute capability 9.0 alone
 #endif
-    run<kStages, kOwn>(gemm);
+    run<kStages, kEach>(gemm);
 }
 
-template <int kStages, int kOwn>
+template <int kStages, int kEach>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
-  return launch_dependent(shrink_kernel<kStages, kOwn>, dim3(multiprocessors()), kThreads,
-                          sizeof(Shared<kStages, kOwn>), stream, gemm);
+  return launch_dependent(shrink_kernel<kStages, kEach>, dim3(multiprocessors()), kThreads,
+                          sizeof(Shared<kStages, kEach>), stream, gemm);
 }
 
 }  // namespace
