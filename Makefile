@@ -39,6 +39,7 @@ examples: $(READY)  ## run the examples
 lint: $(READY)  ## style and spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@$(BIN)/clang-format --dry-run --Werror cuda/src/* cuda/include/*
 	@$(BIN)/codespell
 
 # mypy knows packages by their path, so the rooms are shown to it where they live inside the package.

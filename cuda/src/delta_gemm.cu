@@ -64,7 +64,7 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
   gemm.slice_count = args.slice_count;
   for (int s = 0; s < args.slice_count; ++s) {
     const dw_slice& slice = args.slices[s];
-    gemm.slices[s] = {slice.parameter, slice.out_features,
+    gemm.slices[s] = {slice.parameter,  slice.out_features,
                       slice.out_offset, group_count(slice.out_features, slice.out_offset),
                       slice.y,          slice.y_stride};
   }

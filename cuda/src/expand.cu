@@ -193,8 +193,7 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
     for (int i = 0; i < kKept; ++i) {
       const int quad = threadIdx.x + i * kThreads;
       if (quad >= quads) break;
-      const float4 v =
-          token == 0 ? kept[i] : h_quad(gemm, unit.slice, unit.chunk.y + token, quad);
+      const float4 v = token == 0 ? kept[i] : h_quad(gemm, unit.slice, unit.chunk.y + token, quad);
       store(token, quad, v, factor);
     }
   }
@@ -338,8 +337,8 @@ struct Run {
       for (int column = 0; column < 2; ++column) {
         const int token = 2 * (lane % 4) + column - round;
         if (token < 0 || token >= kRound || round + token >= unit.chunk.z) continue;
-        float4* to = reinterpret_cast<float4*>(shared.sums[team][member] + token * kPitch +
-                                               16 * (lane / 4));
+        float4* to =
+            reinterpret_cast<float4*>(shared.sums[team][member] + token * kPitch + 16 * (lane / 4));
 #pragma unroll
         for (int f = 0; f < 8; f += 2) {
           to[f / 2] = make_float4(acc[f][column], acc[f][2 + column], acc[f + 1][column],
@@ -420,8 +419,8 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   const int pitch = ceil_div(gemm.ranks, 64) * 64 + 16;
   const int tokens = gemm.token_count < kTokens ? gemm.token_count : kTokens;
   const int bytes = static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch;
-  return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams, bytes, stream,
-                          gemm, groups, pitch);
+  return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams, bytes,
+                          stream, gemm, groups, pitch);
 }
 
 template <typename T>

@@ -33,8 +33,8 @@ dw_status check_sizes(const dw_gemm& args) {
     const dw_slice& slice = args.slices[s];
     DW_RETURN_IF_ERROR(
         check_range("parameter of a slice", slice.parameter, 0, args.parameter_count - 1));
-    const dw_parameter parameter = {DW_LINEAR, args.in_features, slice.out_features,
-                                    args.in_offset, slice.out_offset};
+    const dw_parameter parameter = {DW_LINEAR, args.in_features, slice.out_features, args.in_offset,
+                                    slice.out_offset};
     DW_RETURN_IF_ERROR(check_parameter(parameter, slice.parameter));
   }
   return DW_OK;

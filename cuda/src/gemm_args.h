@@ -14,7 +14,7 @@ struct Workspace {
   size_t x;        // half [tokens, padded_in]: x behind in_offset zeros, scaled by a power of two;
                    // in prefill [image_rows, padded_in], as images
   size_t x_scale;  // float [tokens]: what undoes that scale
-  size_t h;        // float [tiles, slices, tokens, ranks]: sigma * (V^ x), tokens in the plan's order
+  size_t h;  // float [tiles, slices, tokens, ranks]: sigma * (V^ x), tokens in the plan's order
   size_t h_image;  // prefill: half [slices, image_rows, ranks]
   size_t h_scale;  // prefill: float [slices, tokens]
   size_t bytes;

@@ -26,7 +26,7 @@ struct Gemm {
   int slot_count;
   int token_count, in_groups;
   int tiles, tile_groups;  // how in_groups are cut (layout.h)
-  const void* x;  // [tokens, 128 * in_groups]
+  const void* x;           // [tokens, 128 * in_groups]
   int64_t x_stride;
   int x_dtype, y_dtype;  // dw_dtype
   const float* x_scale;  // undoes x's power of two, [tokens]; null for 1

@@ -97,7 +97,9 @@ constexpr int kPlanChunkTokens = 2;
 constexpr int kPlanPlaced = 3;  // tokens that have a slot
 DW_HD int plan_order(int) { return kPlanHeader; }
 DW_HD int plan_chunk_at(int tokens) { return kPlanHeader + static_cast<int>(round_up(tokens, 4)); }
-DW_HD int plan_chunks(int tokens) { return kPlanHeader + 2 * static_cast<int>(round_up(tokens, 4)); }
+DW_HD int plan_chunks(int tokens) {
+  return kPlanHeader + 2 * static_cast<int>(round_up(tokens, 4));
+}
 
 // Tokens of a chunk: what the decode kernels hold in registers, and a tile of the prefill kernels.
 constexpr int kDecodeTokens = 8;

@@ -3,9 +3,9 @@
 //
 //   slots  int32 [tokens], -1 for the bare base       plan  layout.h: header, order, chunks
 //
-// order lists the tokens of slots >= 0, stably sorted by slot; a chunk is at most `chunk` (8 or 128)
-// consecutive ones of a slot. One block of 1024 threads counts, for every token, who comes before
-// it: tokens^2 comparisons in shared memory, a few microseconds in decode and 0.2 ms at 2048
+// order lists the tokens of slots >= 0, stably sorted by slot; a chunk is at most `chunk` (8 or
+// 128) consecutive ones of a slot. One block of 1024 threads counts, for every token, who comes
+// before it: tokens^2 comparisons in shared memory, a few microseconds in decode and 0.2 ms at 2048
 // tokens, once a step. No sorting network, no scan, no host.
 #include "kernels.h"
 #include "layout.h"

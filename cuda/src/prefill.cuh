@@ -8,9 +8,10 @@
 // instructions for four registers of weights against 64 clocks of wgmma.
 //
 // The operand from shared memory is an image, made beforehand (prefill_images.cu). Of one chunk of
-// tokens, `rows` of them (a multiple of 8), it holds, for every 8 consecutive k, rows x 16 bytes, so
-// that any stretch of k is one contiguous copy and each 8 x 8 corner of it lies in 128 consecutive
-// bytes. Within 16 k their order is that of the unpacked weights: 4c + r at 8 * (r / 2) + 2c + r % 2.
+// tokens, `rows` of them (a multiple of 8), it holds, for every 8 consecutive k, rows x 16 bytes,
+// so that any stretch of k is one contiguous copy and each 8 x 8 corner of it lies in 128
+// consecutive bytes. Within 16 k their order is that of the unpacked weights: 4c + r at 8 * (r / 2)
+// + 2c + r % 2.
 #ifndef DELTAWEAVE_SRC_PREFILL_CUH_
 #define DELTAWEAVE_SRC_PREFILL_CUH_
 
@@ -33,9 +34,9 @@ namespace dw {
 namespace prefill {
 
 constexpr int kTokens = kPrefillTokens;
-constexpr int kConsumers = 8;               // warps that multiply
+constexpr int kConsumers = 8;                    // warps that multiply
 constexpr int kThreads = 32 * (kConsumers + 4);  // of the other four one copies
-constexpr int kColumns = kTokens / 8;  // products of 8 tokens
+constexpr int kColumns = kTokens / 8;            // products of 8 tokens
 
 // ---- Products -------------------------------------------------------------------------------
 

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 2 of the delta product for many tokens of a tenant:  y[s, t, n] += sum_r U^[r, n] h[s, t, r]
+// Stage 2 of the delta product for many tokens of a tenant:  y[s, t, n] += sum_r U^[r, n] h[s, t,
+// r]
 //
 //   h  image (prefill.cuh)   U^ packed (layout.h)   y  fp16 or bf16 [tokens, out]
 //
 // Work item = (chunk, slice, two groups of 128 out_features), all ranks; four warps have a group. A
-// stage holds up to 64 ranks of one band: their part of h's image and the codes of both groups. Of a
-// block of 16 ranks, which feeds eight products of 16 outputs, warp w has products 2w and 2w + 1.
+// stage holds up to 64 ranks of one band: their part of h's image and the codes of both groups. Of
+// a block of 16 ranks, which feeds eight products of 16 outputs, warp w has products 2w and 2w + 1.
 #include "prefill.cuh"
 
 namespace dw {
@@ -87,7 +88,8 @@ struct Shared {
 };
 
 template <int kStages>
-__device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages>& shared, Turn<kStages>& turn) {
+__device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages>& shared,
+                        Turn<kStages>& turn) {
   const int rows = image_rows(item.chunk.z);
   const int teams = min(kTeams, gemm.slices[item.slice].groups - item.group);
   const unsigned char* image = h_image(gemm, item.slice, item.chunk);
@@ -100,9 +102,9 @@ __device__ void produce(const Gemm& gemm, const Item& item, Shared<kStages>& sha
     shared.stages.copy_wide(turn, stage, image + static_cast<int64_t>(step.h_index) * 2 * rows,
                             image_bytes);
     for (int team = 0; team < teams; ++team) {
-      shared.stages.copy_wide(
-          turn, stage + kImageBytes + team * kCodesBytes,
-          step.u + static_cast<int64_t>(item.group + team) * step.group_bytes, step.bytes);
+      shared.stages.copy_wide(turn, stage + kImageBytes + team * kCodesBytes,
+                              step.u + static_cast<int64_t>(item.group + team) * step.group_bytes,
+                              step.bytes);
     }
     shared.stages.close(turn);
     turn.next();
@@ -117,7 +119,8 @@ __device__ __forceinline__ void unpack_two(uint32_t (&a)[2][4], const uint32_t (
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
 #pragma unroll
-    for (int r = 0; r < 4; ++r) {  // registers 0 and 1: the quad's first two ranks, 2 and 3: its last
+    for (int r = 0; r < 4;
+         ++r) {  // registers 0 and 1: the quad's first two ranks, 2 and 3: its last
       a[i][r] = weight<kBits, kLevels>(words, 4 * (2 * kWarp + i) + r, levels, scale[r / 2],
                                        offset[r / 2]);
     }
@@ -140,10 +143,14 @@ __device__ __forceinline__ void load_weights(uint32_t (&a)[2][4], const unsigned
     offset[1] = __hneg2(__hmul2(scale[1], pair_of(grid.w)));
   }
   switch (threadIdx.x / 32 % 4) {
-    case 0: return unpack_two<kBits, kLevels, 0>(a, words, levels, scale, offset);
-    case 1: return unpack_two<kBits, kLevels, 1>(a, words, levels, scale, offset);
-    case 2: return unpack_two<kBits, kLevels, 2>(a, words, levels, scale, offset);
-    default: return unpack_two<kBits, kLevels, 3>(a, words, levels, scale, offset);
+    case 0:
+      return unpack_two<kBits, kLevels, 0>(a, words, levels, scale, offset);
+    case 1:
+      return unpack_two<kBits, kLevels, 1>(a, words, levels, scale, offset);
+    case 2:
+      return unpack_two<kBits, kLevels, 2>(a, words, levels, scale, offset);
+    default:
+      return unpack_two<kBits, kLevels, 3>(a, words, levels, scale, offset);
   }
 }
 
@@ -171,8 +178,8 @@ __device__ __forceinline__ void load_unit(uint32_t (&a)[2][4], const unsigned ch
 // All units of a step, each whole: their weights are unpacked together.
 __device__ __forceinline__ void multiply_whole(float (&sums)[2][kColumns][4],
                                                const unsigned char* codes,
-                                               const unsigned char* image, const Step& step, int rows,
-                                               bool active) {
+                                               const unsigned char* image, const Step& step,
+                                               int rows, bool active) {
   uint32_t a[2 * kUnits][4];
   if (active) {
     dispatch(step.bits, step.codebook, [&]<int kBits, bool kLevels>() {
@@ -204,15 +211,14 @@ __device__ __forceinline__ void multiply_whole(float (&sums)[2][kColumns][4],
 // Any step, a unit at a time.
 __device__ __forceinline__ void multiply_units(float (&sums)[2][kColumns][4],
                                                const unsigned char* codes,
-                                               const unsigned char* image, const Step& step, int rows,
-                                               bool active) {
+                                               const unsigned char* image, const Step& step,
+                                               int rows, bool active) {
 #pragma unroll 1
   for (int unit = 0; unit < step.units; ++unit, image += 32 * rows) {
     uint32_t a[2][4] = {};
     if (active) {
-      dispatch(step.bits, step.codebook, [&]<int kBits, bool kLevels>() {
-        load_unit<kBits, kLevels>(a, codes, step, unit);
-      });
+      dispatch(step.bits, step.codebook,
+               [&]<int kBits, bool kLevels>() { load_unit<kBits, kLevels>(a, codes, step, unit); });
     }
     __syncwarp();
     keep_in_registers(a);
@@ -226,7 +232,8 @@ __device__ __forceinline__ void multiply_units(float (&sums)[2][kColumns][4],
 }
 
 template <typename T, int kStages>
-__device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages>& shared, Turn<kStages>& turn) {
+__device__ void consume(const Gemm& gemm, const Item& item, Shared<kStages>& shared,
+                        Turn<kStages>& turn) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rows = image_rows(item.chunk.z);
   const int group = item.group + warp / 4;
   const bool active = group < gemm.slices[item.slice].groups;

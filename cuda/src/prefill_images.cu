@@ -2,11 +2,12 @@
 // The operands of the prefill products as images (prefill.cuh): x before the first, h before the
 // second.
 //
-//   x  fp16 or bf16 [tokens, in_features] -> image of [chunk's rows, 128 * in_groups] a chunk, fp16;
+//   x  fp16 or bf16 [tokens, in_features] -> image of [chunk's rows, 128 * in_groups] a chunk,
+//   fp16;
 //      x_scale float [tokens in plan order] undoes the power of two of bf16 rows
 //   h  float [tiles, slices, tokens in plan order, ranks] -> its tiles' sum as an image of [chunk's
-//      rows, ranks] a slice and chunk, fp16, times a power of two a token that brings the largest to
-//      2^7; h_scale float [slices, tokens] undoes it
+//      rows, ranks] a slice and chunk, fp16, times a power of two a token that brings the largest
+//      to 2^7; h_scale float [slices, tokens] undoes it
 //
 // One block of threads a token. Bytes: both are read twice (the second time from cache) and written
 // once.
@@ -46,9 +47,9 @@ __device__ __forceinline__ float to_float(__half value) { return __half2float(va
 __device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads) x_kernel(const __grid_constant__ Gemm gemm,
-                                                        const T* x, int64_t stride, int features,
-                                                        int offset) {
+__global__ void __launch_bounds__(kRowThreads)
+    x_kernel(const __grid_constant__ Gemm gemm, const T* x, int64_t stride, int features,
+             int offset) {
   after_previous();
   let_next_begin();
   const int order = blockIdx.x;
@@ -118,8 +119,8 @@ cudaError_t launch_x_image(const dw_gemm& args, const Gemm& gemm, cudaStream_t s
 }
 
 cudaError_t launch_h_image(const Gemm& gemm, cudaStream_t stream) {
-  return launch_dependent(h_kernel, dim3(gemm.token_count, gemm.slice_count), kRowThreads, 0, stream,
-                          gemm);
+  return launch_dependent(h_kernel, dim3(gemm.token_count, gemm.slice_count), kRowThreads, 0,
+                          stream, gemm);
 }
 
 }  // namespace prefill

@@ -8,11 +8,11 @@
 //   x  image (prefill.cuh)   V^ packed (layout.h)   h  float [parts, slices, tokens in plan order,
 //   ranks]; the image of h adds the parts
 //
-// Work item = (chunk, slice, 8 * kEach blocks of ranks, part of in_features). A warp has kEach blocks
-// of 16 ranks; a stage holds 128 features: their part of x's image and a block of codes for each. The
-// parts of in_features are cut by shape and launch alone, so that sums do not depend on other tenants.
-// Two blocks a warp (with the registers of sm_90a) halve the reads of x's image from L2, which would
-// otherwise need 7 TB/s.
+// Work item = (chunk, slice, 8 * kEach blocks of ranks, part of in_features). A warp has kEach
+// blocks of 16 ranks; a stage holds 128 features: their part of x's image and a block of codes for
+// each. The parts of in_features are cut by shape and launch alone, so that sums do not depend on
+// other tenants. Two blocks a warp (with the registers of sm_90a) halve the reads of x's image from
+// L2, which would otherwise need 7 TB/s.
 #include "prefill.cuh"
 
 namespace dw {
@@ -25,7 +25,7 @@ constexpr int kImageBytes = kTokens * 2 * kGroup;
 struct Block {
   const unsigned char* from;
   const __half* levels;
-  const float* sigma;  // of its first rank
+  const float* sigma;                        // of its first rank
   int bytes, bits, ranks, h_index, h_ranks;  // h_ranks: to be written, padding included
   bool codebook;
 };
@@ -53,7 +53,8 @@ __device__ __forceinline__ Block find_block(const Gemm& gemm, const int64_t* row
                    static_cast<int64_t>(index) * gemm.in_groups * whole_block_bytes(bits);
       block.levels = reinterpret_cast<const __half*>(gemm.arena + fields[DW_BAND_LEVELS]);
       block.h_index = rank_start + index * size;
-      block.sigma = reinterpret_cast<const float*>(gemm.arena + row[DW_FIELD_SIGMA]) + block.h_index;
+      block.sigma =
+          reinterpret_cast<const float*>(gemm.arena + row[DW_FIELD_SIGMA]) + block.h_index;
     }
     index -= count;
     rank_start += padded_rank(rank);
@@ -67,8 +68,7 @@ struct Item {
   int slice, first_block, part, first_group, last_group;
 };
 
-__device__ __forceinline__ Item item_at(const Gemm& gemm, int index, int block_tiles,
-                                        int blocks) {
+__device__ __forceinline__ Item item_at(const Gemm& gemm, int index, int block_tiles, int blocks) {
   Item item;
   item.first_block = index % block_tiles * blocks;
   index /= block_tiles;
@@ -122,7 +122,8 @@ __device__ __forceinline__ void load_weights(uint32_t (&a)[8][4], const unsigned
   load_words<kBits>(words, codes, 4 * pair + lane % 4, 4 * pairs);
   __half2 scale[2] = {}, offset[2] = {};
   if constexpr (kBits != 16) {
-    const uint2 grid = *reinterpret_cast<const uint2*>(codes + v_code_bytes(kBits, ranks) + 8 * pair);
+    const uint2 grid =
+        *reinterpret_cast<const uint2*>(codes + v_code_bytes(kBits, ranks) + 8 * pair);
     const __half2 entry[2] = {pair_of(grid.x), pair_of(grid.y)};
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
@@ -154,8 +155,8 @@ __device__ __forceinline__ void write_h(const Gemm& gemm, const Item& item, cons
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
       if (8 * j + column >= left) continue;
-      *reinterpret_cast<float2*>(to + column * gemm.ranks) =
-          make_float2(first ? sums[j][column] * low : 0.f, second ? sums[j][2 + column] * high : 0.f);
+      *reinterpret_cast<float2*>(to + column * gemm.ranks) = make_float2(
+          first ? sums[j][column] * low : 0.f, second ? sums[j][2 + column] * high : 0.f);
     }
   }
 }

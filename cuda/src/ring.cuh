@@ -38,8 +38,7 @@ class Ring {
   __device__ __forceinline__ void fill(int stage, const void* from, int bytes) const {
     if (threadIdx.x % 32 != 0) return;
     const uint32_t barrier = barriers_ + 8 * stage;
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                 "r"(bytes)
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
@@ -76,10 +75,10 @@ class Ring {
 
   __device__ __forceinline__ void fill(int stage, const void* from, int bytes) const {
     for (int i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16) {
-      asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(memory_ + stage * kStageBytes +
-                                                                     i),
-                   "l"(static_cast<const unsigned char*>(from) + i)
-                   : "memory");
+      asm volatile(
+          "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(memory_ + stage * kStageBytes + i),
+          "l"(static_cast<const unsigned char*>(from) + i)
+          : "memory");
     }
     skip();
   }

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 1 of the delta product:  h[tile, s, t, r] = sigma[r] * sum over tile's k of V^[r, k] x[t, k]
+// Stage 1 of the delta product:  h[tile, s, t, r] = sigma[r] * sum over tile's k of V^[r, k] x[t,
+// k]
 //
 //   x  fp16 or bf16 [tokens, in]   V^ packed (layout.h)   h  float [tiles, slices, tokens in plan
 //   order, ranks]; stage 2 adds the tiles
 //
-// Roofline: bytes. A tenant's V^ is read once from memory for up to 8 tokens; 2 * rank * in * tokens
-// flops are nothing beside it. What must be avoided is the integer pipe: see fragment.cuh.
+// Roofline: bytes. A tenant's V^ is read once from memory for up to 8 tokens; 2 * rank * in *
+// tokens flops are nothing beside it. What must be avoided is the integer pipe: see fragment.cuh.
 //
 // A tile is at most 32 groups of 128 features; how a row is cut depends on in_features alone. The
 // groups of a tile go to the 8 warps of a block of threads in turn; each keeps its part of x in
@@ -14,8 +15,8 @@
 // are contiguous). Per group P = sum of biased codes * x, where the sum starts at minus what the
 // biases contribute, D; with S = sum of x, a block's sum is acc += scale * (P - zero * S). D and S
 // come from one more product a group, with the biases in rows 0-7 and ones in rows 8-15, when x or
-// the bit width changes. Every four blocks of ranks the warps meet and add their sums in warp order.
-// So a token's bits depend on nothing but its slot and x.
+// the bit width changes. Every four blocks of ranks the warps meet and add their sums in warp
+// order. So a token's bits depend on nothing but its slot and x.
 //
 // The launch's work, all blocks of ranks of every (tokens of one tenant, slice, tile), is cut into
 // equal runs, one a block of threads; a run is worked off in batches whose steps are listed first.
@@ -37,7 +38,7 @@ constexpr int kWarpGroups = kTileGroups / kTeam;
 constexpr int kStages = 3;
 constexpr int kStageBytes = 8 * 2304;  // 32 groups of 2 bits
 constexpr int kTokens = 8;
-constexpr int kBatch = 4;           // blocks of ranks between two meetings
+constexpr int kBatch = 4;            // blocks of ranks between two meetings
 constexpr int kTokenPitch = 16 + 4;  // floats between tokens of a partial sum: no bank conflicts
 constexpr int kUnits = 4;            // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
@@ -92,8 +93,8 @@ struct Range {
 
 // Warp 0 lists the segments of `range`, which lies within kUnits units from `unit`: a lane a (unit,
 // band).
-__device__ void list_segments(const Gemm& gemm, Range range, int64_t unit,
-                              int64_t most, Shared& shared) {
+__device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64_t most,
+                              Shared& shared) {
   const int lane = threadIdx.x, band = lane % DW_MAX_BANDS;
   const int64_t own = unit + lane / DW_MAX_BANDS;
   Segment segment = {};
@@ -174,8 +175,8 @@ __device__ __forceinline__ void list_steps(const Gemm& gemm, Shared& shared) {
   }
 }
 
-// x of eight tokens and a warp's groups (of a tile the warp-th of every eight), as the tensor core's
-// columns.
+// x of eight tokens and a warp's groups (of a tile the warp-th of every eight), as the tensor
+// core's columns.
 struct Activations {
   uint4 of[kWarpGroups][4];
 
@@ -255,9 +256,10 @@ __device__ __forceinline__ void find_sums(const Activations& x, Shared& shared) 
       const uint2 columns = x.columns(g, f);
       multiply(found, a, columns.x, columns.y);
     }
-    if (lane >= 4) continue;
-    shared.bias[warp][g][lane] = make_float4(-found[0], -found[1], -found[0], -found[1]);
-    shared.sum[warp][g][lane] = make_float2(found[2], found[3]);
+    if (lane < 4) {
+      shared.bias[warp][g][lane] = make_float4(-found[0], -found[1], -found[0], -found[1]);
+      shared.sum[warp][g][lane] = make_float2(found[2], found[3]);
+    }
   }
   __syncwarp();
 }
@@ -267,7 +269,8 @@ struct Place {
   int bytes, lane, lanes, grid;
 
   __device__ __forceinline__ Place(int ranks, int bits) {
-    const int pairs = ceil_div(ranks, 2), pair = min(static_cast<int>(threadIdx.x) % 32 / 4, pairs - 1);
+    const int pairs = ceil_div(ranks, 2),
+              pair = min(static_cast<int>(threadIdx.x) % 32 / 4, pairs - 1);
     bytes = v_block_bytes(bits, ranks);
     lanes = 4 * pairs;
     lane = 4 * pair + threadIdx.x % 4;
@@ -399,7 +402,8 @@ struct Run {
         const int left = groups - start;
         const auto add = [&]<int kFirst, int kCount>() {
           add_groups<kBits, kLevels, kCount>(
-              acc, codes + kFirst * kTeam * bytes, place, x, start + kFirst, &shared.bias[warp][start + kFirst][lane % 4],
+              acc, codes + kFirst * kTeam * bytes, place, x, start + kFirst,
+              &shared.bias[warp][start + kFirst][lane % 4],
               &shared.sum[warp][start + kFirst][lane % 4], segment.levels);
         };
         if constexpr (kStep == 4) {
@@ -443,7 +447,8 @@ struct Run {
     if (waiting == threadIdx.x / (kTeamThreads / kBatch)) {
       mine = &segment;
       my_rank = block * block_ranks(segment.bits) + threadIdx.x % 16;
-      my_sigma = my_rank < segment.rank ? __ldg(segment.sigma + my_rank) : 0.f;  // early: it is cold
+      my_sigma =
+          my_rank < segment.rank ? __ldg(segment.sigma + my_rank) : 0.f;  // early: it is cold
     }
     if (++waiting == kBatch) meet();
   }

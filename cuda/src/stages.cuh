@@ -56,9 +56,10 @@ struct Stages {
   __device__ __forceinline__ void release(Now turn) {
     __syncwarp();
     if (threadIdx.x % 32 == 0) {
-      asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(
-                       shared_address(&empty[turn.place]))
-                   : "memory");
+      asm volatile(
+          "{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(
+              shared_address(&empty[turn.place]))
+          : "memory");
     }
   }
 

@@ -38,7 +38,8 @@ __device__ __forceinline__ int chunk_at(const Gemm& gemm, int order) {
   return gemm.plan[plan_chunk_at(gemm.token_count) + order];
 }
 
-__device__ __forceinline__ const int64_t* directory_row(const Gemm& gemm, int projection, int slot) {
+__device__ __forceinline__ const int64_t* directory_row(const Gemm& gemm, int projection,
+                                                        int slot) {
   const int64_t row = static_cast<int64_t>(projection) * gemm.slot_count + slot;
   return gemm.directory + row * DW_DIRECTORY_FIELDS;
 }
