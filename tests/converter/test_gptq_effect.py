@@ -51,7 +51,7 @@ def held_out_errors(pair, path, folder):
     tokens = CalibrationData.load(pair.text, pair.tuned, 64, LENGTH, seed=1).tokens
     stream = BlockStream(tuned, LENGTH, torch.device("cpu"))
     shape = (*tokens.shape, SETTINGS.hidden_size)
-    inputs = Activations(folder / "held-out.bin", shape, stream.dtype)
+    inputs = Activations.create(folder / "held-out.bin", shape, stream.dtype, torch.device("cpu"))
     stream.embed(tokens, inputs)
     error, energy = defaultdict(float), defaultdict(float)
     with Delta.open(path) as delta:
@@ -63,7 +63,7 @@ def held_out_errors(pair, path, folder):
                 missed = change - torch.from_numpy(delta.dequantize(projection.weight)).double()
                 error[projection.kind] += float(((missed @ hessian) * missed).sum())
                 energy[projection.kind] += float(((change @ hessian) * change).sum())
-            for rows, hidden in inputs.chunks(torch.device("cpu")):
+            for rows, hidden in inputs.chunks():
                 inputs.write(rows, stream.forward(layer, hidden))
             stream.unload(layer)
     return {kind: (error[kind] / energy[kind]) ** 0.5 for kind in error}
