@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""deltaweave's delta_gemm through runtime_plugin/library.py: the only place of the comparison that calls it."""
+"""deltaweave's delta_gemm through runtime_plugin/library/: the only place of the comparison that calls it."""
 
 from __future__ import annotations
 
