@@ -32,7 +32,7 @@ extern "C" {
 #define DW_API
 #endif
 
-#define DW_ABI_VERSION 2
+#define DW_ABI_VERSION 3
 
 #define DW_MAX_BANDS 8
 #define DW_MAX_SLICES 4
@@ -250,8 +250,8 @@ typedef struct dw_slice {
   int64_t y_stride;
 } dw_slice;
 
-/* y_s[t] += U^_s (sigma_s * (V^_s x[t])) for every slice s and every token t whose slot has a
- * factored record. */
+/* y_s[t] += weights[t] * U^_s (sigma_s * (V^_s x[t])) for every slice s and every token t whose
+ * slot has a factored record. */
 typedef struct dw_gemm {
   const void* arena;        /* device, 256-byte aligned */
   const int64_t* directory; /* device [parameter_count, slot_count, DW_DIRECTORY_FIELDS] */
@@ -267,6 +267,8 @@ typedef struct dw_gemm {
   dw_slice slices[DW_MAX_SLICES];
   void* workspace; /* 256-byte aligned; its content need not be kept between calls */
   size_t workspace_bytes;
+  const float* weights; /* of token t at t * weights_stride; NULL for ones */
+  int64_t weights_stride;
 } dw_gemm;
 /* Reads sizes alone: pointers may be NULL. */
 DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
@@ -274,7 +276,8 @@ DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
 
 /* lm_head of tenants whose record is not factored, for one slice and the same plan and workspace:
  * DENSE: y[t, r] += row r . x[t]; ROWS: y[t, indices[r]] = row r . x[t], whatever y held. A host
- * calls dw_delta_gemm and this one on the same y; each leaves the other's tenants alone. */
+ * calls dw_delta_gemm and this one on the same y; each leaves the other's tenants alone. It takes
+ * no weights. */
 DW_API dw_status dw_dense_gemm(const dw_gemm* args, void* stream);
 
 /* What the element-wise kernels below share. They need no plan; a slot outside [-1, slot_count)

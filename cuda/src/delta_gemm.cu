@@ -51,6 +51,8 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
   gemm.y_dtype = args.dtype;
   gemm.x_stride = in_place ? args.x_stride : cut.padded_in;
   gemm.x_scale = in_place ? nullptr : reinterpret_cast<const float*>(workspace + cut.x_scale);
+  gemm.weights = args.weights;
+  gemm.weights_stride = args.weights_stride;
   gemm.plan = static_cast<const int*>(args.plan);
   gemm.chunk_tokens = resolve_chunk(args.chunk_tokens, args.token_count);
   gemm.h = reinterpret_cast<float*>(workspace + cut.h);

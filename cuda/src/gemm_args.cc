@@ -43,6 +43,9 @@ dw_status check_sizes(const dw_gemm& args) {
 dw_status check_dense(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_range("slice_count of a dense product", args.slice_count, 1, 1));
   DW_RETURN_IF_ERROR(check_sizes(args));
+  if (args.weights != nullptr) {
+    return fail(DW_ERROR_ARGUMENT, "weights of a dense product, expected NULL");
+  }
   return check_pointers(args);
 }
 
@@ -57,6 +60,10 @@ dw_status check_pointers(const dw_gemm& args) {
     DW_RETURN_IF_ERROR(check_aligned("y", args.slices[s].y, 2));
     DW_RETURN_IF_ERROR(
         check_range("y_stride", args.slices[s].y_stride, args.slices[s].out_features, INT64_MAX));
+  }
+  if (args.weights != nullptr) {
+    DW_RETURN_IF_ERROR(check_aligned("weights", args.weights, sizeof(float)));
+    DW_RETURN_IF_ERROR(check_range("weights_stride", args.weights_stride, 0, INT64_MAX));
   }
   const Workspace workspace = cut_workspace(args);
   if (args.workspace_bytes < workspace.bytes) {

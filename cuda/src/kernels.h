@@ -30,6 +30,8 @@ struct Gemm {
   int64_t x_stride;
   int x_dtype, y_dtype;  // dw_dtype
   const float* x_scale;  // undoes x's power of two, [tokens]; null for 1
+  const float* weights;  // of token t at t * weights_stride; null for 1
+  int64_t weights_stride;
   const int* plan;
   int chunk_tokens;
   float* h;           // [tiles, slices, tokens, ranks]

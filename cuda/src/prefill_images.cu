@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kRowThreads)
   let_next_begin();
   const int order = blockIdx.x;
   if (order >= placed_tokens(gemm)) return;
-  const T* row = x + token_at(gemm, order) * stride - offset;
+  const int token = token_at(gemm, order);
+  const T* row = x + token * stride - offset;
   const auto value = [&](int k) {
     return k >= offset && k < offset + features ? to_float(row[k]) : 0.f;
   };
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     scale = normalizer<13>(block_max(largest));
   }
-  if (threadIdx.x == 0) gemm.image_scale[order] = 1.f / scale;
+  if (threadIdx.x == 0) gemm.image_scale[order] = weight_of(gemm, token) / scale;
   const int4 chunk = chunk_of(gemm, chunk_at(gemm, order));
   const int width = kGroup * gemm.in_groups, rows = image_rows(chunk.z);
   unsigned char* image = gemm.image + static_cast<int64_t>(chunk.w) * width * 2;

@@ -2,6 +2,8 @@
 // Stage 1 of the delta product:  h[tile, s, t, r] = sigma[r] * sum over tile's k of V^[r, k] x[t,
 // k]
 //
+// (times the token's weight)
+//
 //   x  fp16 or bf16 [tokens, in]   V^ packed (layout.h)   h  float [tiles, slices, tokens in plan
 //   order, ranks]; stage 2 adds the tiles
 //
@@ -180,7 +182,7 @@ __device__ __forceinline__ void list_steps(const Gemm& gemm, Shared& shared) {
 struct Activations {
   uint4 of[kWarpGroups][4];
 
-  float inverse[2];  // undoes, for tokens 2c and 2c + 1, what their rows were multiplied with
+  float inverse[2];  // of tokens 2c and 2c + 1: what undoes their rows' power of two, times weight
 
   // A bf16 row's part is multiplied by a power of two that lets it fit into fp16.
   template <typename T>
@@ -203,6 +205,7 @@ struct Activations {
     }
     float factor = gemm.x_scale == nullptr ? 1.f : __ldcg(gemm.x_scale + token);
     if constexpr (std::is_same_v<T, __nv_bfloat16>) factor = to_half();
+    factor *= weight_of(gemm, token);
     inverse[0] = __shfl_sync(0xffffffffu, factor, 8 * (lane % 4));
     inverse[1] = __shfl_sync(0xffffffffu, factor, 8 * (lane % 4) + 4);
   }

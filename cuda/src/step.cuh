@@ -38,6 +38,11 @@ __device__ __forceinline__ int chunk_at(const Gemm& gemm, int order) {
   return gemm.plan[plan_chunk_at(gemm.token_count) + order];
 }
 
+// What a token's delta is multiplied with.
+__device__ __forceinline__ float weight_of(const Gemm& gemm, int64_t token) {
+  return gemm.weights == nullptr ? 1.f : __ldcg(gemm.weights + token * gemm.weights_stride);
+}
+
 __device__ __forceinline__ const int64_t* directory_row(const Gemm& gemm, int projection,
                                                         int slot) {
   const int64_t row = static_cast<int64_t>(projection) * gemm.slot_count + slot;

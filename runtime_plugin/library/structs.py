@@ -259,6 +259,8 @@ class Gemm(ctypes.Structure):
         ("slices", Slice * MAX_SLICES),
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
+        ("weights", c_void_p),
+        ("weights_stride", c_int64),
     ]
 
 

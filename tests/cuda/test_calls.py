@@ -143,6 +143,9 @@ def test_bad_heads_are_refused(library):
     gemm.workspace_bytes = library.workspace_bytes(gemm) - 1
     with pytest.raises(LibraryError, match=r"workspace of \d+ bytes, needed \d+"):
         library.dense_gemm(gemm)
+    gemm.weights = AT
+    with pytest.raises(LibraryError, match="weights of a dense product, expected NULL"):
+        library.dense_gemm(gemm)
     gemm.slice_count = 2
     with pytest.raises(LibraryError, match="slice_count of a dense product 2, expected 1 to 1"):
         library.dense_gemm(gemm)

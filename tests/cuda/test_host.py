@@ -297,6 +297,17 @@ def test_bad_sizes_are_refused(library, field, value, message):
         library.workspace_bytes(gemm)
 
 
+@pytest.mark.parametrize(
+    ("weights", "stride", "message"),
+    [(258, 1, "weights is not aligned to 4 bytes"), (256, -1, "weights_stride -1, expected 0")],
+)
+def test_bad_weights_are_refused(library, weights, stride, message):
+    gemm = good_gemm(library)
+    gemm.weights, gemm.weights_stride = weights, stride
+    with pytest.raises(LibraryError, match=message):
+        library.delta_gemm(gemm)
+
+
 def test_workspace_holds_the_intermediates(library):
     gemm = good_gemm(library)
     least = 4 * 256 * 2 + 4 * 128 * 4
@@ -356,7 +367,7 @@ def test_missing_library(monkeypatch, tmp_path):
 def test_structs_have_the_size_of_the_header():
     """Ctypes and C agree on layout: the sizes that deltaweave.h's structs have on 64-bit machines."""
     assert ctypes.sizeof(Record) == 4 * (5 + 3 * 8 + 4)
-    assert ctypes.sizeof(Gemm) == 8 * 2 + 4 * 8 + 8 * 3 + 8 + 4 * 32 + 16
+    assert ctypes.sizeof(Gemm) == 8 * 2 + 4 * 8 + 8 * 3 + 8 + 4 * 32 + 16 + 16
     assert ctypes.sizeof(RepackArgs) == 4 * 33 + 4 * 5 + 8 * 10
     assert ctypes.sizeof(Batch) == 8 * 3 + 4 * 4
     assert ctypes.sizeof(Norm) == 40 + 4 * 4 + 8 * 7
