@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
-
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "examples" / "demo"))
 from pair import make_pair
+from results_file import circumstances, write_result
 from run import compare_methods, compress_all, unmet_claims
 
 
@@ -30,17 +28,12 @@ def main() -> None:
     arguments = parser.parse_args()
     runs = [run(seed) for seed in arguments.seeds]
     result = {
-        "date": date.today().isoformat(),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "command": "python " + " ".join(sys.argv),
+        **circumstances("cpu"),
         "runs": runs,
         "mean": summary(runs),
     }
     print(json.dumps(result["mean"], indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.output, result)
     sys.exit(1 if any(run["unmet_claims"] for run in runs) else 0)
 
 

@@ -12,21 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 from transformers import Qwen2Config
 
+sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import tiny_tokenizer
+from results_file import circumstances, write_result
 
 HIDDEN, MLP, HEADS, KV_HEADS = 1536, 8960, 12, 2  # Qwen2-1.5B
 LIMIT = 2.5e9
@@ -57,16 +57,11 @@ def main() -> None:
             shutil.rmtree(folder)
         print(json.dumps(rows[-1]), flush=True)
     result = {
-        "date": date.today().isoformat(),
-        "device": device_name(arguments.device),
-        "torch": torch.__version__,
-        "command": "python " + " ".join(sys.argv),
+        **circumstances(arguments.device),
         "limit_bytes": LIMIT,
         "rows": rows,
     }
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.output, result)
     sys.exit(0 if max(row["peak_anonymous_bytes"] for row in rows) < LIMIT else 1)
 
 
@@ -89,12 +84,6 @@ def measure(folder: Path, layers: int, samples: int, length: int, device: str) -
         "peak_anonymous_bytes": peak,
         "seconds": round(seconds, 1),
     }
-
-
-def device_name(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
 
 
 def anonymous_bytes(process: int) -> int:

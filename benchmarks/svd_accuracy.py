@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from deltaweave.converter.svd import truncated_svd
+
+sys.path.insert(0, str(Path(__file__).parent))
+from results_file import circumstances, write_result
 
 SHAPES = [(576, 576), (1536, 576), (1536, 1536)]
 
@@ -30,14 +31,10 @@ def main() -> None:
     for row in rows:
         print(json.dumps(row))
     result = {
-        "date": date.today().isoformat(),
-        "device": f"{platform.machine()} CPU, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
-        "command": "python " + " ".join(sys.argv),
+        **circumstances("cpu"),
         "rows": rows,
     }
-    if arguments.output:
-        arguments.output.write_text(json.dumps(result, indent=2) + "\n")
+    write_result(arguments.output, result)
 
 
 def measure(shape: tuple[int, int]) -> dict[str, Any]:

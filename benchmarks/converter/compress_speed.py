@@ -23,16 +23,17 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parent))
 
 from parts import Parts
+from results_file import circumstances, write_result
 from synthetic import SHAPES, write_pair
 
 SAMPLES, LENGTH = 128, 2048
@@ -65,9 +66,7 @@ def main() -> None:
         if not arguments.keep:
             shutil.rmtree(folder)
     print_table(result)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(arguments.output, result)
 
 
 def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -83,13 +82,10 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
     shape = SHAPES[arguments.shape]
     layers = json.loads((pair[1] / "config.json").read_text())["num_hidden_layers"]
     return {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else platform.machine(),
+        **circumstances(arguments.device),
         "cpus": os.cpu_count(),
-        "torch": torch.__version__,
         "transformers": transformers.__version__,
         "python": platform.python_version(),
-        "command": "python " + " ".join(sys.argv),
         "model": "given pair" if arguments.pair else arguments.shape,
         "layers": layers,
         "whole_model": arguments.pair is not None or layers == shape.layers,

@@ -13,16 +13,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections import Counter
-from datetime import date
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from rivals.cases import MODELS  # noqa: E402
@@ -63,6 +62,7 @@ def main() -> None:
 def _run(entries: list[Any], reasons: dict[str, str], options: argparse.Namespace) -> dict[str, Any]:
     """Measures until done or out of time; the file is rewritten after every case."""
     import torch
+    from results_file import circumstances, write_result
     from rivals.measure import Row, device_works, measure
     from rivals.timing import copy_rate
     from rivals.warm import failed
@@ -71,7 +71,7 @@ def _run(entries: list[Any], reasons: dict[str, str], options: argparse.Namespac
     rate = copy_rate()
     torch.cuda.empty_cache()
     print(f"copy rate {rate / 1e12:.2f} TB/s", flush=True)
-    content = {**_circumstances(options), "copy_rate_bytes_per_second": rate, "rows": []}
+    content = {**circumstances(), **_versions(), "copy_rate_bytes_per_second": rate, "rows": []}
     for place, (kind, case) in enumerate(entries):
         reason = lost or failed((kind, case), reasons)
         if not reason and time.monotonic() - begin > options.seconds:
@@ -83,8 +83,7 @@ def _run(entries: list[Any], reasons: dict[str, str], options: argparse.Namespac
         result = row.reason or f"{row.us:10.1f} us  copy share {row.share:4.0%}  error {row.error:.1e}"
         print(f"{time.monotonic() - begin:6.1f} s  {case.name:48s} {kind.name:16s} {result}", flush=True)
         if place + 1 == len(entries) or entries[place + 1][1] != case:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(content, indent=1) + "\n")
+            write_result(options.output, content)
     print(f"measured in {time.monotonic() - begin:.0f} s; {_outcomes(content)}", flush=True)
     return content
 
@@ -94,21 +93,9 @@ def _outcomes(content: dict[str, Any]) -> str:
     return "; ".join(f"{count} x {reason}" for reason, count in counts.most_common())
 
 
-def _circumstances(options: argparse.Namespace) -> dict[str, Any]:
-    import torch
-
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    driver = subprocess.run(query, capture_output=True, text=True).stdout.strip()
+def _versions() -> dict[str, Any]:
     versions = {name: metadata.version(name) for name in ("torch", "triton", "numpy")}
-    return {
-        "date": options.date,
-        "device": torch.cuda.get_device_name(),
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "versions": versions | _rival_versions(),
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
-        "activations": "bfloat16 (gemlite: float16)",
-    }
+    return {"versions": versions | _rival_versions(), "activations": "bfloat16 (gemlite: float16)"}
 
 
 def _rival_versions() -> dict[str, str]:
@@ -132,7 +119,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=240.0, help="measuring ends after this time")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile first; 0 for none")
     parser.add_argument("--compile-seconds", type=float, default=75.0)
-    parser.add_argument("--date", default=date.today().isoformat())
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     return parser.parse_args()
 

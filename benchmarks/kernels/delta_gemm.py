@@ -12,13 +12,9 @@ The base is the faster of cuBLAS in the same run and its bytes at the copy rate 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +22,13 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "tests"))
 
 from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record  # noqa: E402
 from device_arena import DeviceArena, Step, to_device  # noqa: E402
 from factored_records import RandomBand, RandomRecord  # noqa: E402
+from results_file import circumstances, write_result  # noqa: E402
 
 LAYERS = 32
 ATTENTION = (RandomBand(8, 2), RandomBand(3, 32), RandomBand(2, 968))
@@ -226,7 +224,6 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "delta_gemm.json")
     parser.add_argument("--tenants", type=int, nargs="*", default=[1, 8, 32, 128])
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512, 2048])
-    parser.add_argument("--date", default=date.today().isoformat())
     options = parser.parse_args()
     library = Library()
     rng = np.random.default_rng(0)
@@ -243,22 +240,13 @@ def main() -> None:
             print_row(rows[-1])
         del tenants
         torch.cuda.empty_cache()
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
     report = {
-        "date": options.date,
-        "device": torch.cuda.get_device_name(),
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        **circumstances(),
         "model": "Llama-2-7B linears, preset 8+3+2, group size 128, fp16 activations",
         "copy_rate_bytes_per_second": rate,
         "rows": rows,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_result(options.output, report)
 
 
 if __name__ == "__main__":

@@ -10,19 +10,17 @@ checked against float64 first. About 10 GB of device memory, half a minute.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT / "tests"), str(Path(__file__).resolve().parent)]
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path.insert(0, str(ROOT / "tests"))
 
 from deltaweave.runtime_plugin.library import (  # noqa: E402
     Bias,
@@ -35,6 +33,7 @@ from deltaweave.runtime_plugin.library import (  # noqa: E402
     Record,
 )
 from device_arena import DeviceArena, Step  # noqa: E402
+from results_file import circumstances, write_result  # noqa: E402
 from rivals.timing import copy_rate, graph_timing  # noqa: E402
 
 HIDDEN, INTERMEDIATE, VOCABULARY, LAYERS = 4096, 11008, 32000, 32
@@ -267,7 +266,6 @@ def main() -> None:
     """Measures, prints a table, writes JSON."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results" / "whole_model.json")
-    parser.add_argument("--date", default=date.today().isoformat())
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("whole_model.py: needs an NVIDIA GPU", file=sys.stderr)
@@ -276,22 +274,13 @@ def main() -> None:
     rate = copy_rate()
     print(f"copy rate {rate / 1e12:.2f} TB/s", flush=True)
     rows = measure_all(Library(), rate)
-    driver = subprocess.run(
-        ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"], capture_output=True, text=True
-    ).stdout.strip()
     report = {
-        "date": options.date,
-        "device": torch.cuda.get_device_name(),
-        "driver": driver,
-        "cuda": torch.version.cuda,
-        "torch": torch.__version__,
-        "command": " ".join(["python", os.path.relpath(sys.argv[0], ROOT), *sys.argv[1:]]),
+        **circumstances(),
         "model": "Llama-2-7B: hidden 4096, vocabulary 32000; fp16 activations",
         "copy_rate_bytes_per_second": rate,
         "rows": rows,
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+    write_result(options.output, report)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,9 @@ import torch
 from deltaweave.formats import Delta
 from deltaweave.runtime_plugin.pytorch import Arena, AttachError, Decoder, Request, attach
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from results_file import circumstances, write_result
 
 TENANTS = 32
 DTYPES = {"cuda": ["float16", "bfloat16"], "cpu": ["float32"]}
@@ -35,17 +37,13 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     results = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "CPU",
-        "torch": torch.__version__,
-        "command": "python " + " ".join(sys.argv),
+        **circumstances(arguments.device),
         "tenants": TENANTS,
         "tokens": arguments.tokens,
         "rows": [measure(arguments, getattr(torch, dtype)) for dtype in DTYPES[arguments.device]],
     }
     print(json.dumps(results, indent=2))
-    if arguments.output:
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    write_result(arguments.output, results)
 
 
 @torch.no_grad()

@@ -23,7 +23,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +36,10 @@ from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, load_tenant
 from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 from random_delta import budget_bands, published_bands, random_delta
+from results_file import circumstances, write_result
 
 GIB = 1 << 30
 DEVICE = "cuda"
@@ -57,10 +58,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model = random_llama(arguments.layers)
     results: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "command": "python " + " ".join(sys.argv),
+        **circumstances(),
         "layers": arguments.layers,
     }
     with tempfile.TemporaryDirectory() as folder:
@@ -69,9 +67,7 @@ def main() -> None:
             results[part] = PARTS[part](model, deltas, arguments)
             print(part, json.dumps(results[part], indent=2), flush=True)
             torch.cuda.empty_cache()
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+    write_result(arguments.output, results)
 
 
 class Deltas:

@@ -15,7 +15,9 @@ import torch
 
 KERNELS = Path(__file__).parents[2] / "benchmarks" / "kernels"
 sys.path.insert(0, str(KERNELS))
+sys.path.insert(1, str(KERNELS.parent))
 import compare  # noqa: E402
+import results_file  # noqa: E402
 from rivals import measure as measure_module  # noqa: E402
 from rivals import timing  # noqa: E402
 from rivals.contenders import Entry, plan  # noqa: E402
@@ -34,7 +36,7 @@ class Run:
         monkeypatch.setattr(timing, "copy_rate", lambda: 4e12)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a device")
         monkeypatch.setattr(compare.metadata, "version", lambda name: "1.0")
-        monkeypatch.setattr(compare.subprocess, "run", lambda *_, **__: argparse.Namespace(stdout="1.2\n"))
+        monkeypatch.setattr(results_file.subprocess, "run", lambda *_, **__: argparse.Namespace(stdout="1.2\n"))
         monkeypatch.setattr(measure_module, "measure", self.measure)
         monkeypatch.setattr(measure_module, "device_works", lambda: self.device_works)
 
