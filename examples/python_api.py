@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import write_random_family
+from transformers import AutoModelForCausalLM
 
 import deltaweave
 from deltaweave import CompressionOptions, Delta, Recipe
@@ -19,7 +19,8 @@ from deltaweave import CompressionOptions, Delta, Recipe
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        base, tuned = random_pair(Path(folder))
+        base = write_random_family(Path(folder), ["tuned"], change=0.1)
+        tuned = Path(folder) / "tuned"
         output = Path(folder) / "tuned.safetensors"
 
         # 1. Compress: half the size of the projections here; 1/16 is the default and wants a model of a real size.
@@ -50,30 +51,6 @@ def main() -> None:
             again = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(tokens).logits
         print(f"attached and dense agree to {float((served - again).norm() / again.norm()):.0e}")
         assert all(check.passed for check in deltaweave.verify(output, base, tuned))
-
-
-def random_pair(folder: Path) -> tuple[Path, Path]:
-    """A random Llama and a random change of all its weights."""
-    characters = [chr(code) for code in range(32, 127)] + ["\n", "<unk>"]
-    tokenizer = Tokenizer(models.WordLevel({text: index for index, text in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    config = LlamaConfig(
-        vocab_size=len(characters),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    for name in ("base", "tuned"):
-        model.to(torch.bfloat16).save_pretrained(folder / name)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / name)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter += 0.1 * parameter.std().nan_to_num(1) * torch.randn_like(parameter)
-    return folder / "base", folder / "tuned"
 
 
 if __name__ == "__main__":

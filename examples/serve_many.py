@@ -10,8 +10,8 @@ import tempfile
 from pathlib import Path
 
 import torch
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_models import write_random_family
+from transformers import AutoModelForCausalLM
 
 import deltaweave
 from deltaweave import Arena, CompressionOptions, Prompt, Recipe, attach, generate_batch
@@ -49,32 +49,11 @@ def main() -> None:
 
 def random_family(folder: Path) -> tuple[Path, dict[str, Path]]:
     """A random Llama, and deltas of three random changes of all its weights."""
-    characters = [chr(code) for code in range(32, 127)] + ["\n", "<unk>"]
-    tokenizer = Tokenizer(models.WordLevel({text: index for index, text in enumerate(characters)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
-    config = LlamaConfig(
-        vocab_size=len(characters),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=128,
-        eos_token_id=None,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    weights = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    for name in ("base", "red", "green", "blue"):
-        model.to(torch.bfloat16).save_pretrained(folder / name)
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>").save_pretrained(folder / name)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                change = 0.3 * weights[key].std().nan_to_num(1) * torch.randn_like(weights[key])
-                parameter.copy_(weights[key].bfloat16() + change)
+    names = ("red", "green", "blue")
+    base = write_random_family(folder, names, change=0.3)
     options = CompressionOptions(Recipe.preset("triple", ratio=1 / 2), "none")
-    return folder / "base", {
-        name: deltaweave.compress(folder / "base", folder / name, folder / f"{name}.safetensors", options)
-        for name in ("red", "green", "blue")
+    return base, {
+        name: deltaweave.compress(base, folder / name, folder / f"{name}.safetensors", options) for name in names
     }
 
 
