@@ -39,7 +39,7 @@ examples: $(READY)  ## run the examples
 lint: $(READY)  ## style and spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run --Werror cuda/src/* cuda/include/*
+	@$(BIN)/clang-format --dry-run --Werror cuda/src/* cuda/include/* runtime_plugin/trt/plugin/*.h runtime_plugin/trt/plugin/*.cc
 	@$(BIN)/codespell
 
 # mypy knows packages by their path, so the rooms are shown to it where they live inside the package.
