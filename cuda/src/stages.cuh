@@ -55,10 +55,9 @@ struct Stages {
   // A consumer warp has read a stage. Every lane arrives for its own reads: an arrival of one lane
   // behind __syncwarp would do, is no faster, and looks like a race to compute-sanitizer.
   __device__ __forceinline__ void release(Now turn) {
-    asm volatile(
-        "{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(
-            shared_address(&empty[turn.place]))
-        : "memory");
+    asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(
+                     shared_address(&empty[turn.place]))
+                 : "memory");
   }
 
 #if __CUDA_ARCH__ >= 900
