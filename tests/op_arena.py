@@ -12,8 +12,8 @@ from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, Parameter, ParameterKind
 from deltaweave.runtime_plugin.pytorch import ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.tenant import Content, ServedRecord
 from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader, HostUploader
+from deltaweave.runtime_plugin.records import Content, ServedRecord
 
 __all__ = [
     "BIAS",
@@ -120,9 +120,12 @@ class OpArena:
             max_rank=MAX_RANK,
         )
 
-    def add(self, records: Mapping[int, Content]) -> int:
+    def add(self, records: Mapping[int, Content | torch.Tensor]) -> int:
         """Makes records, by parameter, a tenant; its slot."""
-        served = [ServedRecord(parameter, content) for parameter, content in records.items()]
+        served = [
+            ServedRecord(parameter, content.numpy() if isinstance(content, torch.Tensor) else content)
+            for parameter, content in records.items()
+        ]
         slot = self._book.reserve([record.shape() for record in served])
         self._book.commit(slot)
         self._uploader.upload(self._uploader.hold(served), self._book, slot).wait()

@@ -18,11 +18,13 @@ from typing import Any
 import torch
 from deltaweave.formats import Delta, DeltaweaveError
 from deltaweave.runtime_plugin import library
+from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, LibraryError
-from deltaweave.runtime_plugin.pytorch.fit import AttachError
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.tenant import EMBEDDING, ParameterTable, ServedRecord, Tenant, load_tenant
+from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, Tenant, load_tenant
 from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader, HostUploader, Ready, Uploader
+from deltaweave.runtime_plugin.records import ServedRecord
+from deltaweave.runtime_plugin.tables import EMBEDDING
 from torch import nn
 
 __all__ = ["Arena", "ArenaError", "SlotSettings"]

@@ -8,16 +8,15 @@ from typing import overload
 
 import torch
 from deltaweave.formats import BaseRecord, Delta, Record, ReplaceRecord
-from deltaweave.runtime_plugin.pytorch.arena import Arena
-from deltaweave.runtime_plugin.pytorch.fit import (
+from deltaweave.runtime_plugin.fit import (
     AttachError,
     generation_settings,
     is_vocabulary,
-    require_base,
     require_vocabulary,
-    rotary_embedding,
     tuned_config,
 )
+from deltaweave.runtime_plugin.pytorch.arena import Arena
+from deltaweave.runtime_plugin.pytorch.fit import require_base, rotary_embedding
 from deltaweave.runtime_plugin.pytorch.modules import MatrixRecord, TunedEmbedding, TunedLinear, shared_linear
 from deltaweave.runtime_plugin.pytorch.packed import exact_tensor
 from deltaweave.runtime_plugin.pytorch.serve import ServingAttachment, serve
@@ -159,7 +158,7 @@ def _aliases(delta: Delta, owner: str) -> list[str]:
 def _setting_swaps(model: nn.Module, delta: Delta) -> Iterator[Swap]:
     """Vocabulary size, rotary embeddings and generation settings, where the fine-tune brings its own."""
     base: PretrainedConfig = model.config
-    tuned = tuned_config(model, delta)
+    tuned = tuned_config(model.config, delta)
     require_vocabulary(delta, tuned)
     yield Swap(base, "vocab_size", tuned.vocab_size)
     if tuned.rope_parameters != base.rope_parameters:

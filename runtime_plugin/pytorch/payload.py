@@ -17,7 +17,7 @@ import torch
 from deltaweave.formats import DenseRecord, FactoredRecord, row_bytes
 from deltaweave.runtime_plugin.library import BAND_FIELDS, GRIDS, Field, RecordKind
 from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta, PackedRows, RowBand
-from deltaweave.runtime_plugin.pytorch.tenant import Content, Rows
+from deltaweave.runtime_plugin.records import Content, Rows
 
 __all__ = ["HostRow"]
 
@@ -124,11 +124,12 @@ class HostRow:
         elif isinstance(content, DenseRecord):
             self._write_rows("v", DenseDelta.of(content).matrix)
         elif isinstance(content, Rows):
-            self._view(self.fields[Field.INDICES], torch.int32, tuple(content.indices.shape)).copy_(content.indices)
-            values = self._view(next(self._bands()).v, torch.float16, tuple(content.values.shape))
-            values.copy_(content.values)
+            indices = self._view(self.fields[Field.INDICES], torch.int32, content.indices.shape)
+            indices.copy_(torch.from_numpy(content.indices))
+            values = self._view(next(self._bands()).v, torch.float16, content.values.shape)
+            values.copy_(torch.from_numpy(content.values))
         else:
-            self._view(self.fields[Field.VALUES], torch.float32, tuple(content.shape)).copy_(content)
+            self._view(self.fields[Field.VALUES], torch.float32, content.shape).copy_(torch.from_numpy(content))
 
     def _write_rows(self, side: str, source: PackedRows) -> None:
         target = self._rows(side, source.length)

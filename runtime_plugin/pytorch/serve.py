@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from deltaweave.runtime_plugin.fit import LENGTH_DEPENDENT, AttachError
 from deltaweave.runtime_plugin.library import MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import ops
 from deltaweave.runtime_plugin.pytorch.arena import Arena
-from deltaweave.runtime_plugin.pytorch.fit import AttachError
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.pytorch.swaps import Attachment, Swap
-from deltaweave.runtime_plugin.pytorch.tenant import EMBEDDING, HEAD, LENGTH_DEPENDENT
+from deltaweave.runtime_plugin.tables import EMBEDDING, HEAD
 from torch import nn
 from torch.nn import functional
 

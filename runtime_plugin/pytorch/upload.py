@@ -5,26 +5,20 @@ from __future__ import annotations
 
 import mmap
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from deltaweave.formats import DenseRecord, FactoredRecord, PackedMatrix
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.pytorch.payload import HostRow
-from deltaweave.runtime_plugin.pytorch.tenant import Content, Rows, ServedRecord
-from numpy.typing import NDArray
+from deltaweave.runtime_plugin.records import RecordImage, ServedRecord, image_groups
 
 __all__ = ["DeviceUploader", "HostUploader", "Ready", "Uploader"]
 
-# Where a part of a record begins in host memory, and a band within its codes, as in the file.
-PART_ALIGNMENT, BAND_ALIGNMENT = 256, 16
-# Records are copied and repacked in pieces of about so many bytes; two are on their way at a time.
-PIECE_BYTES = 32 << 20
 HUGE_PAGE = 2 << 20
 
 
@@ -88,37 +82,6 @@ class _Done:
 
 
 @dataclass(frozen=True)
-class _Image:
-    """One record as the file has it.
-
-    Attributes:
-        arguments: of its repacking but for the addresses, so that an upload costs the host little.
-        fields: byte offset of each part, by its name in `library.RepackArgs`.
-        sources: (byte offset, bytes) of everything to be copied.
-        size: bytes.
-    """
-
-    arguments: library.RepackArgs
-    fields: Mapping[str, int]
-    sources: Sequence[tuple[int, NDArray[np.uint8]]]
-    size: int
-
-    @classmethod
-    def of(cls, record: ServedRecord, content: Content) -> _Image:
-        fields: dict[str, int] = {}
-        sources = []
-        position = 0
-        for field, alignment, arrays in _parts(content):
-            fields[field] = position = _rounded(position, PART_ALIGNMENT)
-            for array in arrays:
-                position = _rounded(position, alignment)
-                raw = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-                sources.append((position, raw))
-                position += raw.nbytes
-        return cls(library.RepackArgs(record=record.shape()), fields, sources, _rounded(position, PART_ALIGNMENT))
-
-
-@dataclass(frozen=True)
 class _Piece:
     """Consecutive records in pinned memory.
 
@@ -128,7 +91,7 @@ class _Piece:
     """
 
     data: torch.Tensor
-    images: Sequence[tuple[int, _Image]]
+    images: Sequence[tuple[int, RecordImage]]
 
 
 class DeviceUploader:
@@ -144,8 +107,7 @@ class DeviceUploader:
 
     def hold(self, records: Sequence[ServedRecord]) -> list[_Piece]:
         """Copies a tenant into pinned memory, by several threads."""
-        images = [_Image.of(record, record.content) for record in records if record.content is not None]
-        groups = list(_groups(images))
+        groups = list(image_groups(records))
         with ThreadPoolExecutor(max_workers=8) as pool:
             return list(pool.map(self._pinned, groups))
 
@@ -157,29 +119,19 @@ class DeviceUploader:
                 staging = torch.empty_like(piece.data, device=self._buffer.device)
                 staging.copy_(piece.data, non_blocking=True)
                 for start, image in piece.images:
-                    self._repack(arena, slot, image, staging.data_ptr() + start, stream.cuda_stream)
+                    arguments = image.repack_arguments(arena, slot, self._buffer.data_ptr(), staging.data_ptr() + start)
+                    native_library().repack(arguments, stream.cuda_stream)
         return _Events([stream.record_event() for stream in self._streams])
 
-    def _repack(self, arena: library.Arena, slot: int, image: _Image, address: int, stream: int) -> None:
-        arguments = image.arguments
-        parameter = arguments.record.parameter
-        place = arena.payload(slot, parameter)
-        arguments.parameter = arena.parameters[parameter]
-        arguments.payload, arguments.payload_bytes = self._buffer.data_ptr() + place.offset, place.bytes
-        for field, offset in image.fields.items():
-            setattr(arguments, field, address + offset)
-        native_library().repack(arguments, stream)
-
-    def _pinned(self, images: Sequence[_Image]) -> _Piece:
+    def _pinned(self, images: Sequence[RecordImage]) -> _Piece:
         """Memory is filled before it is pinned: its pages are then made by the threads that fill them."""
         starts = np.cumsum([0, *(image.size for image in images)]).tolist()
-        memory = mmap.mmap(-1, _rounded(starts[-1], HUGE_PAGE))
+        memory = mmap.mmap(-1, -(-starts[-1] // HUGE_PAGE) * HUGE_PAGE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         target = np.frombuffer(memory, np.uint8)
         for start, image in zip(starts, images, strict=False):
-            for offset, raw in image.sources:
-                np.copyto(target[start + offset : start + offset + raw.nbytes], raw)
+            image.write(target[start : start + image.size])
         piece = _Piece(torch.from_numpy(target)[: starts[-1]], list(zip(starts, images, strict=False)))
         with torch.cuda.device(self._buffer.device):
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(piece.data.data_ptr(), target.nbytes, 0))
@@ -206,51 +158,3 @@ class _Events:
     def wait(self) -> None:
         for event in self.events:
             event.synchronize()
-
-
-def _groups(images: Sequence[_Image]) -> Iterator[list[_Image]]:
-    """Consecutive records, about PIECE_BYTES together; a larger record is a piece of its own."""
-    group: list[_Image] = []
-    size = 0
-    for image in images:
-        if group and size + image.size > PIECE_BYTES:
-            yield group
-            group, size = [], 0
-        group.append(image)
-        size += image.size
-    if group:
-        yield group
-
-
-def _parts(content: Content) -> Iterator[tuple[str, int, list[NDArray[Any]]]]:
-    """The parts of a record by their names in `library.RepackArgs`, how their arrays are aligned, and the arrays."""
-    if isinstance(content, FactoredRecord):
-        yield from _matrix_parts("v", content.v)
-        yield from _matrix_parts("u", content.u)
-        yield "sigma", PART_ALIGNMENT, [content.sigma]
-        yield from _levels(content.v)
-    elif isinstance(content, DenseRecord):
-        yield from _matrix_parts("v", content.matrix)
-        yield from _levels(content.matrix)
-    elif isinstance(content, Rows):
-        yield "indices", PART_ALIGNMENT, [content.indices.numpy()]
-        yield "values", PART_ALIGNMENT, [content.values.numpy()]
-    else:
-        yield "values", PART_ALIGNMENT, [content.numpy()]
-
-
-def _matrix_parts(side: str, matrix: PackedMatrix) -> Iterator[tuple[str, int, list[NDArray[Any]]]]:
-    yield f"{side}_codes", BAND_ALIGNMENT, [piece.codes for piece in matrix.bands]
-    grids = [piece.grid for piece in matrix.bands if piece.grid is not None]
-    if grids:
-        yield f"{side}_grid", 1, grids
-
-
-def _levels(matrix: PackedMatrix) -> Iterator[tuple[str, int, list[NDArray[Any]]]]:
-    levels = [np.array(piece.band.levels, np.float32) for piece in matrix.bands if piece.band.levels is not None]
-    if levels:
-        yield "levels", 1, levels
-
-
-def _rounded(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple

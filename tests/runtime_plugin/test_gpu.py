@@ -9,7 +9,7 @@ import torch
 from deltaweave.formats import Delta
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, OpError, Request, Sampling, attach, decode, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.tenant import Rows
+from deltaweave.runtime_plugin.records import Rows
 from helpers import FAMILIES, tiny_checkpoint
 from op_arena import (
     BIAS,
@@ -58,7 +58,7 @@ class Both:
     def __init__(self, seed=0):
         generator = np.random.default_rng(seed)
         bands = [random_band(generator, *band) for band in ((8, 2), (3, 19), (2, 40, True), (16, 9), (1, 30), (4, 17))]
-        rows = Rows(torch.tensor([0, 3, 69, 88], dtype=torch.int32), torch.randn(4, IN).half())
+        rows = Rows(np.array([0, 3, 69, 88], np.int32), torch.randn(4, IN).half().numpy())
         dense = random_dense(generator, (70, IN))
         tenants = [
             {
