@@ -12,75 +12,20 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from deltaweave.formats import DeltaweaveError
 from deltaweave.runtime_plugin.library import MAX_TOKENS, ArenaFullError
 from deltaweave.runtime_plugin.pytorch.cache import RowCache, attention_masks
-from deltaweave.runtime_plugin.pytorch.sampling import Chooser, Sampling, choose
+from deltaweave.runtime_plugin.pytorch.sampling import choose
 from deltaweave.runtime_plugin.pytorch.serve import ServingAttachment
+from deltaweave.runtime_plugin.requests import ActiveRow, Completion, Request
 from torch import nn
 
-__all__ = ["Completion", "Decoder", "Request"]
+__all__ = ["Decoder"]
 
 WARMUP_STEPS = 2
-GREEDY = Sampling()
-
-
-@dataclass(frozen=True)
-class Request:
-    """A text to be continued.
-
-    Attributes:
-        tokens: the prompt, at least one.
-        tenant: None for the base.
-        max_new_tokens: at most so many.
-        stop: tokens that end the text.
-        sampling: how its tokens are chosen.
-    """
-
-    tokens: Sequence[int]
-    tenant: str | None = None
-    max_new_tokens: int = 128
-    stop: frozenset[int] = frozenset()
-    sampling: Sampling = GREEDY
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What came of a request.
-
-    Attributes:
-        tokens: new ones, the stop token left out.
-        finish_reason: a stop token came, or max_new_tokens were there.
-    """
-
-    tokens: list[int]
-    finish_reason: Literal["stop", "length"]
-
-
-class _Row:
-    """A request at work in a row of the batch; `text` is its prompt and what has come so far."""
-
-    def __init__(self, index: int, request: Request, row: int) -> None:
-        self.index, self.request, self.row = index, request, row
-        self.chooser = Chooser(request.sampling)
-        self.text = list(request.tokens)
-
-    @property
-    def new(self) -> list[int]:
-        return self.text[len(self.request.tokens) :]
-
-    def accept(self, token: int, write: Callable[[int, int], None] | None) -> Completion | None:
-        """Adds a token; the completion if that was the last one."""
-        if token in self.request.stop:
-            return Completion(self.new, "stop")
-        self.text.append(token)
-        if write:
-            write(self.index, token)
-        full = len(self.text) == len(self.request.tokens) + self.request.max_new_tokens
-        return Completion(self.new, "length") if full else None
 
 
 @dataclass(frozen=True)
@@ -165,10 +110,10 @@ class Decoder:
         for index, request in enumerate(requests):
             self._require_fitting(index, request)
         waiting = deque(enumerate(requests))
-        active: dict[int, _Row] = {}
+        active: dict[int, ActiveRow] = {}
         done: dict[int, Completion] = {}
 
-        def advance(rows: Sequence[_Row], logits: torch.Tensor) -> None:
+        def advance(rows: Sequence[ActiveRow], logits: torch.Tensor) -> None:
             tokens = choose(logits, [row.chooser for row in rows], [row.text for row in rows])
             for row, token in zip(rows, tokens, strict=True):
                 if completion := row.accept(token, write):
@@ -195,11 +140,11 @@ class Decoder:
                 f"{self.cache.length}"
             )
 
-    def _admit(self, waiting: deque[tuple[int, Request]], active: dict[int, _Row]) -> list[_Row]:
+    def _admit(self, waiting: deque[tuple[int, Request]], active: dict[int, ActiveRow]) -> list[ActiveRow]:
         """Lets requests in, in their order, while there are rows and their tenants fit beside the active ones."""
         free = [row for row in range(self._max_batch) if row not in active]
         tenants = {row.request.tenant for row in active.values()}
-        admitted: list[_Row] = []
+        admitted: list[ActiveRow] = []
         for row in free[: len(waiting)]:
             index, request = waiting[0]
             try:
@@ -210,10 +155,10 @@ class Decoder:
                 break
             waiting.popleft()
             tenants.add(request.tenant)
-            admitted.append(_Row(index, request, row))
+            admitted.append(ActiveRow(index, request, row))
         return admitted
 
-    def _prefill(self, rows: Sequence[_Row]) -> Iterator[tuple[Sequence[_Row], torch.Tensor]]:
+    def _prefill(self, rows: Sequence[ActiveRow]) -> Iterator[tuple[Sequence[ActiveRow], torch.Tensor]]:
         """Logits behind the prompts, a few rows at a time: short prompts together, long ones in chunks."""
         for group in _groups(rows):
             prompts = [list(row.request.tokens) for row in group]
@@ -229,7 +174,7 @@ class Decoder:
                     logits = self._forward(ids, positions, stop, last)
             yield group, logits
 
-    def _decode(self, rows: Sequence[_Row]) -> torch.Tensor:
+    def _decode(self, rows: Sequence[ActiveRow]) -> torch.Tensor:
         """Logits of all rows of the bucket; those that are idle repeat the base's position 0."""
         bucket = self._bucket(rows[-1].row + 1)
         inputs = torch.zeros(2, bucket, dtype=torch.int64, pin_memory=self._device.type == "cuda")
@@ -286,9 +231,9 @@ class Decoder:
         return min(1 << (rows - 1).bit_length(), self._max_batch)
 
 
-def _groups(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
+def _groups(rows: Sequence[ActiveRow]) -> Iterator[list[ActiveRow]]:
     """Rows whose prompts, filled up to the longest of them, make at most MAX_TOKENS tokens; a longer one is alone."""
-    group: list[_Row] = []
+    group: list[ActiveRow] = []
     for row in sorted(rows, key=lambda row: len(row.request.tokens)):
         if group and (len(group) + 1) * len(row.request.tokens) > MAX_TOKENS:
             yield group

@@ -4,49 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
+from deltaweave.runtime_plugin.requests import Chooser
 
-__all__ = ["Chooser", "Sampling", "choose"]
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How a text is chosen.
-
-    Attributes:
-        temperature: 0 takes the most likely token.
-        top_p: of the most likely tokens, as many as make up this probability.
-        top_k: at most so many tokens; 0 for all.
-        repetition_penalty: above 1 makes tokens that were there less likely.
-        seed: of the random numbers; the same for the same text, whatever else is in the batch.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int = 0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0 or self.repetition_penalty <= 0:
-            raise ValueError(
-                f"{self}: expected temperature >= 0, 0 < top_p <= 1, top_k >= 0 and repetition_penalty > 0"
-            )
-
-
-class Chooser:
-    """A row's settings and where its random numbers are."""
-
-    def __init__(self, sampling: Sampling) -> None:
-        """Begins at the seed."""
-        self.sampling = sampling
-        self._generator = torch.Generator().manual_seed(sampling.seed)
-
-    def draw(self) -> float:
-        """The next number in [0, 1)."""
-        return float(torch.rand((), dtype=torch.float64, generator=self._generator))
+__all__ = ["choose"]
 
 
 def choose(logits: torch.Tensor, choosers: Sequence[Chooser], texts: Sequence[Sequence[int]]) -> list[int]:

@@ -6,7 +6,8 @@ import torch
 from deltaweave.formats import DeltaweaveError
 from deltaweave.runtime_plugin.library import ArenaFullError
 from deltaweave.runtime_plugin.pytorch import ArenaError, Decoder, Request, Sampling, attach, decode
-from deltaweave.runtime_plugin.pytorch.sampling import Chooser, choose
+from deltaweave.runtime_plugin.pytorch.sampling import choose
+from deltaweave.runtime_plugin.requests import Chooser
 from family import Family
 from helpers import FAMILIES
 
