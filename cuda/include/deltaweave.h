@@ -236,9 +236,12 @@ DW_API dw_status dw_repack(const dw_repack_args* args, void* stream);
 /* Groups a step's tokens by slot. `slots` is device int32 [token_count], -1 for the bare base; a
  * slot outside [-1, slot_count) counts as -1 and is reported in the plan's second int32. `plan` is
  * device memory of dw_plan_bytes(), 16-byte aligned, and serves every product of the step.
- * chunk_tokens chooses the kernels: 8 (few tokens a tenant: bound by bytes), 128 (prefill: bound by
- * the tensor cores), or 0 for the default of the token count, 8 up to 256 tokens. A product whose
- * chunk_tokens are not the plan's leaves y as it is. */
+ * chunk_tokens chooses the kernels: 8 for few tokens a tenant (bound by bytes); 128 for prefill
+ * (bound by the tensor cores), where the factors of slots with 128 tokens or more are unpacked to
+ * 16 bits in the workspace first, and the others are computed as with 8; or 0 for the default of
+ * the token count, 8 up to 256 tokens. A product whose chunk_tokens are not the plan's leaves y as
+ * it is.
+ */
 DW_API dw_status dw_plan_bytes(int32_t token_count, size_t* bytes);
 DW_API dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32_t slot_count,
                                 int32_t chunk_tokens, void* plan, size_t plan_bytes, void* stream);

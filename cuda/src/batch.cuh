@@ -51,16 +51,27 @@ __device__ __forceinline__ bool is_wide(const T* at, int first, int features) {
   return first >= 0 && first + 8 <= features && reinterpret_cast<uintptr_t>(at + first) % 16 == 0;
 }
 
+template <typename T>
+__device__ __forceinline__ void read_octet(const uint4& raw, float (&values)[8]) {
+  const T* typed = reinterpret_cast<const T*>(&raw);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) values[i] = to_float(typed[i]);
+}
+template <typename T>
+__device__ __forceinline__ uint4 write_octet(const float (&values)[8]) {
+  uint4 raw;
+  T* typed = reinterpret_cast<T*>(&raw);
+#pragma unroll
+  for (int i = 0; i < 8; ++i) typed[i] = rounded<T>(values[i]);
+  return raw;
+}
+
 // Elements first .. first + 7 of a row; zeros outside [0, features).
 template <typename T>
 __device__ __forceinline__ void load_octet(const T* row, int first, int features,
                                            float (&values)[8]) {
   if (is_wide(row, first, features)) {
-    const uint4 raw = *reinterpret_cast<const uint4*>(row + first);
-    const T* typed = reinterpret_cast<const T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) values[i] = to_float(typed[i]);
-    return;
+    return read_octet<T>(*reinterpret_cast<const uint4*>(row + first), values);
   }
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
@@ -74,11 +85,7 @@ template <typename T>
 __device__ __forceinline__ void store_octet(T* row, int first, int features,
                                             const float (&values)[8]) {
   if (is_wide(row, first, features)) {
-    uint4 raw;
-    T* typed = reinterpret_cast<T*>(&raw);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) typed[i] = rounded<T>(values[i]);
-    *reinterpret_cast<uint4*>(row + first) = raw;
+    *reinterpret_cast<uint4*>(row + first) = write_octet<T>(values);
     return;
   }
 #pragma unroll

@@ -51,24 +51,32 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
   gemm.y_dtype = args.dtype;
   gemm.x_stride = in_place ? args.x_stride : cut.padded_in;
   gemm.x_scale = in_place ? nullptr : reinterpret_cast<const float*>(workspace + cut.x_scale);
-  gemm.weights = args.weights;
-  gemm.weights_stride = args.weights_stride;
+  gemm.token_weights = args.weights;
+  gemm.token_weights_stride = args.weights_stride;
   gemm.plan = static_cast<const int*>(args.plan);
   gemm.chunk_tokens = resolve_chunk(args.chunk_tokens, args.token_count);
   gemm.h = reinterpret_cast<float*>(workspace + cut.h);
   gemm.ranks = cut.ranks;
   gemm.blocks = cut.blocks;
-  gemm.image = workspace + cut.x;
-  gemm.image_scale = reinterpret_cast<float*>(workspace + cut.x_scale);
+  gemm.x_image = workspace + cut.x_image;
+  gemm.image_scale = reinterpret_cast<float*>(workspace + cut.image_scale);
   gemm.h_image = workspace + cut.h_image;
   gemm.h_scale = reinterpret_cast<float*>(workspace + cut.h_scale);
-  gemm.image_rows = cut.image_rows;
+  gemm.weights = workspace + cut.weights;
+  gemm.cuts = reinterpret_cast<int*>(workspace + cut.cuts);
+  // Wide tiles where there are enough of them, and registers.
+  gemm.columns = compute_major() == 9 && args.token_count > 1024 ? 256 : 128;
+  gemm.weights_a_slot = cut.weights_a_slot;
+  gemm.image_tiles = cut.image_tiles;
+  gemm.rank_tiles = cut.rank_tiles;
+  gemm.most_parts = cut.most_parts;
   gemm.slice_count = args.slice_count;
   for (int s = 0; s < args.slice_count; ++s) {
     const dw_slice& slice = args.slices[s];
     gemm.slices[s] = {slice.parameter,  slice.out_features,
                       slice.out_offset, group_count(slice.out_features, slice.out_offset),
-                      slice.y,          slice.y_stride};
+                      slice.y,          slice.y_stride,
+                      cut.v_image[s],   cut.u_image[s]};
   }
   return gemm;
 }
@@ -103,24 +111,22 @@ dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32_t slot
 namespace dw {
 namespace {
 
-dw_status shrink(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
-  if (cut.image_rows > 0) {
-    const Gemm gemm = describe(args, cut, false);
-    DW_RETURN_IF_ERROR(check_launch(prefill::launch_x_image(args, gemm, stream), "image of x"));
-    return check_launch(prefill::launch_shrink(gemm, stream), "prefill shrink");
-  }
+// Slots with few tokens, or all: both stages from packed codes.
+dw_status run_decode(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
   const bool in_place = readable_in_place(args);
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
-  return check_launch(launch_shrink(describe(args, cut, in_place), stream), "shrink");
+  const Gemm gemm = describe(args, cut, in_place);
+  DW_RETURN_IF_ERROR(check_launch(launch_shrink(gemm, stream), "shrink"));
+  return check_launch(launch_expand(gemm, stream), "expand");
 }
 
-dw_status expand(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
-  const Gemm gemm = describe(args, cut, readable_in_place(args));
-  if (cut.image_rows > 0) {
-    DW_RETURN_IF_ERROR(check_launch(prefill::launch_h_image(gemm, stream), "image of h"));
-    return check_launch(prefill::launch_expand(gemm, stream), "prefill expand");
-  }
-  return check_launch(launch_expand(gemm, stream), "expand");
+// Slots with many: both stages as products of 16-bit images.
+dw_status run_dense(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+  const Gemm gemm = describe(args, cut, true);
+  DW_RETURN_IF_ERROR(check_launch(prefill::launch_operands(args, gemm, stream), "operands"));
+  DW_RETURN_IF_ERROR(check_launch(prefill::launch_stage1(gemm, stream), "prefill stage 1"));
+  DW_RETURN_IF_ERROR(check_launch(prefill::launch_h_image(gemm, stream), "image of h"));
+  return check_launch(prefill::launch_stage2(gemm, stream), "prefill stage 2");
 }
 
 }  // namespace
@@ -132,6 +138,6 @@ dw_status dw_delta_gemm(const dw_gemm* args, void* stream_pointer) {
   DW_RETURN_IF_ERROR(dw::check_pointers(*args));
   const dw::Workspace cut = dw::cut_workspace(*args);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  DW_RETURN_IF_ERROR(dw::shrink(*args, cut, stream));
-  return dw::expand(*args, cut, stream);
+  if (cut.image_tiles > 0) DW_RETURN_IF_ERROR(dw::run_dense(*args, cut, stream));
+  return dw::run_decode(*args, cut, stream);
 }

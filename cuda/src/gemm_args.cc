@@ -75,14 +75,9 @@ dw_status check_pointers(const dw_gemm& args) {
 
 namespace {
 
-// Prefill cuts in_features where there are too few tiles of 256 ranks x 128 tokens to fill a GPU
-// evenly, but not so far that the parts' sums become traffic. By sizes alone: no tenant's choice of
-// ranks changes the order of a sum.
-int prefill_parts(const dw_gemm& args) {
-  const int tiles =
-      args.slice_count * ceil_div(args.max_rank, 256) * ceil_div(args.token_count, kPrefillTokens);
-  const int by_traffic = 12288 / (args.token_count * args.slice_count);
-  return std::max(1, std::min({6, ceil_div(512, tiles), by_traffic}));
+// The most parts into which prefill cuts in_features: their sums must not become traffic.
+int most_parts(const dw_gemm& args) {
+  return std::clamp(12288 / (args.token_count * args.slice_count), 1, 8);
 }
 
 }  // namespace
@@ -94,9 +89,8 @@ Workspace cut_workspace(const dw_gemm& args) {
   cut.padded_in = groups * kGroup;
   cut.ranks = intermediate_ranks(args.max_rank);
   cut.blocks = intermediate_blocks(args.max_rank);
-  cut.tile_groups = prefill ? ceil_div(groups, prefill_parts(args)) : tile_groups(groups);
+  cut.tile_groups = tile_groups(groups);
   cut.tiles = ceil_div(groups, cut.tile_groups);
-  cut.image_rows = prefill ? most_image_rows(args.token_count, args.slot_count) : 0;
   const size_t tokens = args.token_count;
   const size_t rows = tokens * args.slice_count;
   const auto advance = [&cut](size_t bytes) {
@@ -104,11 +98,28 @@ Workspace cut_workspace(const dw_gemm& args) {
     cut.bytes += round_up(bytes, DW_ALIGNMENT);
     return start;
   };
-  cut.x = advance((prefill ? cut.image_rows : tokens) * cut.padded_in * 2);
+  const size_t dense_slots = prefill ? most_dense_slots(args.token_count, args.slot_count) : 0;
+  cut.most_parts = dense_slots > 0 ? most_parts(args) : 0;
+  cut.x = advance(tokens * cut.padded_in * 2);
   cut.x_scale = advance(tokens * sizeof(float));
-  cut.h = advance(cut.tiles * rows * cut.ranks * sizeof(float));
-  cut.h_image = advance(args.slice_count * cut.image_rows * cut.ranks * 2);
-  cut.h_scale = advance(prefill ? rows * sizeof(float) : 0);
+  cut.h = advance(std::max(cut.tiles, cut.most_parts) * rows * cut.ranks * sizeof(float));
+  if (dense_slots == 0) return cut;
+  cut.image_tiles = most_image_tiles(args.token_count, args.slot_count);
+  cut.rank_tiles = 2 * ceil_div(cut.ranks, kGroup);
+  const size_t rank_bytes = cut.rank_tiles * size_t{kImageTileBytes};  // of 128 rows
+  cut.x_image = advance(cut.image_tiles * 2 * groups * size_t{kImageTileBytes});
+  cut.image_scale = advance(tokens * sizeof(float));
+  cut.h_image = advance(args.slice_count * cut.image_tiles * rank_bytes);
+  cut.h_scale = advance(rows * sizeof(float));
+  for (int s = 0; s < args.slice_count; ++s) {
+    const dw_slice& slice = args.slices[s];
+    cut.v_image[s] = cut.weights_a_slot;
+    cut.u_image[s] = cut.v_image[s] + groups * rank_bytes;
+    cut.weights_a_slot =
+        cut.u_image[s] + group_count(slice.out_features, slice.out_offset) * rank_bytes;
+  }
+  cut.cuts = advance((2 + dense_slots * args.slice_count) * sizeof(int));
+  cut.weights = advance(dense_slots * cut.weights_a_slot);
   return cut;
 }
 

@@ -9,18 +9,22 @@
 
 namespace dw {
 
-// Byte offsets of the workspace's parts, and the sizes that follow from a call's arguments.
+// Byte offsets of the workspace's parts, and the sizes that follow from a call's arguments. What
+// serves dense slots (layout.h) is 0 where there can be none.
 struct Workspace {
-  size_t x;        // half [tokens, padded_in]: x behind in_offset zeros, scaled by a power of two;
-                   // in prefill [image_rows, padded_in], as images
+  size_t x;        // half [tokens, padded_in]: x behind in_offset zeros, scaled by a power of two
   size_t x_scale;  // float [tokens]: what undoes that scale
-  size_t h;  // float [tiles, slices, tokens, ranks]: sigma * (V^ x), tokens in the plan's order
-  size_t h_image;  // prefill: half [slices, image_rows, ranks]
-  size_t h_scale;  // prefill: float [slices, tokens]
+  size_t h;        // float [tiles or parts, slices, tokens, ranks]: sigma * (V^ x), tokens in the
+                   // plan's order
   size_t bytes;
   int padded_in, ranks, blocks;
-  int tiles, tile_groups;  // how the groups of in_features are cut in stage 1
-  int64_t image_rows;      // 0 in decode
+  int tiles, tile_groups;  // how the groups of in_features are cut in stage 1 of decode
+
+  // Images (prefill.cuh) of x, of h a slice, and of the factors a dense slot; their scales; how
+  // stage 1 is cut.
+  size_t x_image, image_scale, h_image, h_scale, weights, cuts;
+  int64_t v_image[DW_MAX_SLICES], u_image[DW_MAX_SLICES], weights_a_slot;
+  int image_tiles, rank_tiles, most_parts;
 };
 
 int resolve_chunk(int chunk_tokens, int token_count);

@@ -17,6 +17,7 @@ struct Slice {
   int projection, out_features, out_offset, groups;
   void* y;
   int64_t y_stride;
+  int64_t v_image, u_image;  // prefill: bytes from the start of a slot's images
 };
 
 // One call of dw_delta_gemm as the device sees it.
@@ -28,19 +29,22 @@ struct Gemm {
   int tiles, tile_groups;  // how in_groups are cut (layout.h)
   const void* x;           // [tokens, 128 * in_groups]
   int64_t x_stride;
-  int x_dtype, y_dtype;  // dw_dtype
-  const float* x_scale;  // undoes x's power of two, [tokens]; null for 1
-  const float* weights;  // of token t at t * weights_stride; null for 1
-  int64_t weights_stride;
+  int x_dtype, y_dtype;        // dw_dtype
+  const float* x_scale;        // undoes x's power of two, [tokens]; null for 1
+  const float* token_weights;  // of token t at t * token_weights_stride; null for 1
+  int64_t token_weights_stride;
   const int* plan;
   int chunk_tokens;
   float* h;           // [tiles, slices, tokens, ranks]
   int ranks, blocks;  // of h: its pitch, and the most blocks of ranks
-  // Prefill (prefill.cuh): x as an image with what undoes its scale, [tokens in plan order]; h as
-  // one a slice, `image_rows` rows each, with what undoes its scale, [slices, tokens].
-  unsigned char *image, *h_image;
+  // Prefill (prefill.cuh): images of x, of h (one a slice) and of the dense slots' factors, with
+  // what undoes the scales of x [tokens in plan order] and h [slices, tokens].
+  unsigned char *x_image, *h_image, *weights;
   float *image_scale, *h_scale;
-  int64_t image_rows;
+  int64_t weights_a_slot;  // bytes
+  int* cuts;               // most ranks and most parts of any, parts of each [dense slots, slices]
+  int image_tiles, rank_tiles, most_parts;  // rank_tiles: of 64, the space a record's ranks have
+  int columns;                              // ranks or outputs of a work item
   int slice_count;
   Slice slices[DW_MAX_SLICES];
 };
@@ -57,10 +61,10 @@ cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
 
 namespace prefill {
-cudaError_t launch_x_image(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_operands(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_h_image(const Gemm& gemm, cudaStream_t stream);
-cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
-cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_stage1(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_stage2(const Gemm& gemm, cudaStream_t stream);
 }  // namespace prefill
 
 }  // namespace dw

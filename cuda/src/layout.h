@@ -88,15 +88,17 @@ DW_HD int band_bits(int64_t shape) { return static_cast<int>(shape & 0xff); }
 DW_HD int band_grid(int64_t shape) { return static_cast<int>(shape >> 8 & 0xff); }
 DW_HD int band_rank(int64_t shape) { return static_cast<int>(shape >> 16); }
 
-// The plan, int32: header; the tokens sorted by slot; the chunk of each of these; one (slot, first,
-// count, first row of its image) a chunk.
+// The plan, int32: header; the tokens sorted by slot; of each of these its row in the prefill
+// images, or -1; one (slot, first, count, place among the dense slots) a chunk, those of few-token
+// slots first.
 constexpr int kPlanHeader = 8;
 constexpr int kPlanChunks = 0;
 constexpr int kPlanInvalid = 1;
 constexpr int kPlanChunkTokens = 2;
 constexpr int kPlanPlaced = 3;  // tokens that have a slot
+constexpr int kPlanFew = 4;     // chunks of few-token slots
 DW_HD int plan_order(int) { return kPlanHeader; }
-DW_HD int plan_chunk_at(int tokens) { return kPlanHeader + static_cast<int>(round_up(tokens, 4)); }
+DW_HD int plan_rows(int tokens) { return kPlanHeader + static_cast<int>(round_up(tokens, 4)); }
 DW_HD int plan_chunks(int tokens) {
   return kPlanHeader + 2 * static_cast<int>(round_up(tokens, 4));
 }
@@ -107,12 +109,18 @@ constexpr int kPrefillTokens = 128;
 // The default by launch bucket.
 DW_HD int default_chunk(int tokens) { return tokens <= 256 ? kDecodeTokens : kPrefillTokens; }
 
-// Rows of a chunk in an image (prefill.cuh), and the most of all chunks of a step.
-DW_HD int image_rows(int tokens) { return ceil_div(tokens, 8) * 8; }
-DW_HD int64_t most_image_rows(int tokens, int slots) {
-  const int full = tokens / kPrefillTokens, chunks = (tokens < slots ? tokens : slots) + full;
-  return tokens + 7 * static_cast<int64_t>(chunks < tokens ? chunks : tokens);
+// In prefill a slot with at least so many tokens is dense: its factors are unpacked to 16 bits
+// first. That takes a whole tenant's factors written and read, what about 25 tokens take in decode,
+// and space for all of them, which a higher threshold bounds. By the slot's own tokens alone.
+constexpr int kDenseTokens = 128;
+DW_HD int most_dense_slots(int tokens, int slots) {
+  return tokens / kDenseTokens < slots ? tokens / kDenseTokens : slots;
 }
+// A slot's last tile may be short.
+DW_HD int most_image_tiles(int tokens, int slots) {
+  return tokens < kDenseTokens ? 0 : tokens / kPrefillTokens + most_dense_slots(tokens, slots);
+}
+constexpr int kImageTileBytes = 128 * 64 * 2;
 
 // In decode stage 1 cuts a row of in_features into tiles of at most kTileGroups groups, all of one
 // size but the last.

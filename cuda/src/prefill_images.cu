@@ -1,122 +1,283 @@
 // SPDX-License-Identifier: Apache-2.0
-// The operands of the prefill products as images (prefill.cuh): x before the first, h before the
-// second.
+// The operands of the prefill products as images (prefill.cuh), in two kernels.
 //
-//   x  fp16 or bf16 [tokens, in_features] -> image of [chunk's rows, 128 * in_groups] a chunk,
-//   fp16;
-//      x_scale float [tokens in plan order] undoes the power of two of bf16 rows
-//   h  float [tiles, slices, tokens in plan order, ranks] -> its tiles' sum as an image of [chunk's
-//      rows, ranks] a slice and chunk, fp16, times a power of two a token that brings the largest
-//      to 2^7; h_scale float [slices, tokens] undoes it
+//   operands   x  fp16 or bf16 [tokens, in_features] -> fp16 image [token tiles, 128 * in_groups];
+//                 image_scale float [tokens in plan order] undoes the power of two of bf16 rows,
+//                 times the token's weight
+//              V^, U^ packed -> fp16 images, of every dense slot and slice
+//   h_image    h  float [parts, slices, tokens in plan order, ranks] -> its parts' sum as fp16
+//   image
+//                 [token tiles, ranks] a slice, times a power of two a token that brings the
+//                 largest to 2^7; h_scale float [slices, tokens] undoes it and x's
 //
-// One block of threads a token. Bytes: both are read twice (the second time from cache) and written
-// once.
+// Roofline: bytes. Of a Llama-2-7B a tenant's 0.87 GB are read and 6.4 GB written, 1.7 ms at 4.3
+// TB/s; a call's 16 to 90 MB stay in L2 for the product that follows at once. Operands' work items,
+// in turn over a persistent grid: a row of x, a block of threads; or for eight warps each 16 ranks
+// of four groups of a factor.
 #include <cuda_bf16.h>
 
-#include "prefill.cuh"
+#include "batch.cuh"
+#include "prefill_unpack.cuh"
 
 namespace dw {
 namespace prefill {
 namespace {
 
-constexpr int kRowThreads = 256;
+constexpr int kResident = 2;  // blocks of threads a multiprocessor, of operands
+constexpr int kRunGroups = 4;
+constexpr int kRowThreads = 128;  // of the image of h
 
 __device__ float block_max(float value) {
-  __shared__ float partial[kRowThreads / 32];
+  __shared__ float partial[kWarps];
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) {
     value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, step));
   }
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
-#pragma unroll
-  for (int w = 0; w < kRowThreads / 32; ++w) value = fmaxf(value, partial[w]);
+  for (int w = 0; w < blockDim.x / 32; ++w) value = fmaxf(value, partial[w]);
+  __syncthreads();
   return value;
 }
 
-// Four consecutive values, 4c .. 4c + 3 of 16, to their places in a row of an image.
-__device__ __forceinline__ void store_quad(unsigned char* image, int rows, int row, int k,
-                                           const float (&v)[4]) {
-  const int c = k / 4 % 4;
-  unsigned char* to = image + static_cast<int64_t>(k / 16 * 2) * rows * 16 + row * 16 + 4 * c;
-  *reinterpret_cast<__half2*>(to) = __floats2half2_rn(v[0], v[1]);
-  *reinterpret_cast<__half2*>(to + static_cast<int64_t>(rows) * 16) = __floats2half2_rn(v[2], v[3]);
+__device__ __forceinline__ uint4 to_halves(const float (&v)[8], float scale) {
+  return make_uint4(bits_of(__floats2half2_rn(v[0] * scale, v[1] * scale)),
+                    bits_of(__floats2half2_rn(v[2] * scale, v[3] * scale)),
+                    bits_of(__floats2half2_rn(v[4] * scale, v[5] * scale)),
+                    bits_of(__floats2half2_rn(v[6] * scale, v[7] * scale)));
 }
 
-__device__ __forceinline__ float to_float(__half value) { return __half2float(value); }
-__device__ __forceinline__ float to_float(__nv_bfloat16 value) { return __bfloat162float(value); }
+// ---- x ----------------------------------------------------------------------------------------
 
 template <typename T>
-__global__ void __launch_bounds__(kRowThreads)
-    x_kernel(const __grid_constant__ Gemm gemm, const T* x, int64_t stride, int features,
-             int offset) {
-  after_previous();
-  let_next_begin();
-  const int order = blockIdx.x;
-  if (order >= placed_tokens(gemm)) return;
-  const int token = token_at(gemm, order);
-  const T* row = x + token * stride - offset;
-  const auto value = [&](int k) {
-    return k >= offset && k < offset + features ? to_float(row[k]) : 0.f;
-  };
+struct Input {
+  const T* x;
+  int64_t stride;
+  int features, offset;
+};
+
+template <typename T>
+__device__ void write_x(const Gemm& gemm, const Input<T>& input, int order) {
+  const int row = gemm.plan[plan_rows(gemm.token_count) + order];
+  if (row < 0) return;
+  const int token = token_at(gemm, order), octets = kGroup / 8 * gemm.in_groups;
+  const T* from = input.x + token * input.stride;
   float scale = 1.f;
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
     float largest = 0.f;
-    for (int k = threadIdx.x; k < offset + features; k += kRowThreads) {
-      largest = fmaxf(largest, fabsf(value(k)));
+    for (int octet = threadIdx.x; octet < octets; octet += kThreads) {
+      float values[8];
+      load_octet(from, 8 * octet - input.offset, input.features, values);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) largest = fmaxf(largest, fabsf(values[i]));
     }
     scale = normalizer<13>(block_max(largest));
   }
   if (threadIdx.x == 0) gemm.image_scale[order] = weight_of(gemm, token) / scale;
-  const int4 chunk = chunk_of(gemm, chunk_at(gemm, order));
-  const int width = kGroup * gemm.in_groups, rows = image_rows(chunk.z);
-  unsigned char* image = gemm.image + static_cast<int64_t>(chunk.w) * width * 2;
-  // Products take features 8c + 4 * half + r of 32: a quad of an image's 16 is half an eight.
-  for (int i = threadIdx.x; i < width / 4; i += kRowThreads) {
-    const int from = 4 * i, c = from % 32 / 8, half = from % 8 / 4;
-    const int k = from / 32 * 32 + 16 * half + 4 * c;
-    const float quad[4] = {value(from) * scale, value(from + 1) * scale, value(from + 2) * scale,
-                           value(from + 3) * scale};
-    store_quad(image, rows, order - chunk.y, k, quad);
+  for (int octet = threadIdx.x; octet < octets; octet += kThreads) {
+    float values[8];
+    load_octet(from, 8 * octet - input.offset, input.features, values);
+    *octet_at(gemm.x_image, input_tiles(gemm), row, octet) = to_halves(values, scale);
+  }
+}
+
+// ---- Factors ----------------------------------------------------------------------------------
+
+// A warp's item: one unit of ranks of V^ or U^, in a run of groups.
+struct Run {
+  int dense, slice, unit, first, last;
+  bool is_u;
+};
+
+// Runs of groups in all slices of a slot.
+__device__ __forceinline__ int runs_a_slot(const Gemm& gemm) {
+  int runs = 0;
+  for (int s = 0; s < gemm.slice_count; ++s) {
+    runs += ceil_div(gemm.in_groups, kRunGroups) + ceil_div(gemm.slices[s].groups, kRunGroups);
+  }
+  return runs;
+}
+
+__device__ __forceinline__ Run run_at(const Gemm& gemm, int index, int units, int slot_runs) {
+  Run run = {};
+  run.unit = index % units;
+  int place = index / units % slot_runs;
+  run.dense = index / units / slot_runs;
+  int groups = gemm.in_groups;
+  while (place >= ceil_div(groups, kRunGroups)) {
+    place -= ceil_div(groups, kRunGroups);
+    if (run.is_u) ++run.slice;
+    run.is_u = !run.is_u;
+    groups = run.is_u ? gemm.slices[run.slice].groups : gemm.in_groups;
+  }
+  run.first = place * kRunGroups;
+  run.last = min(run.first + kRunGroups, groups);
+  return run;
+}
+
+__device__ void unpack_run(const Gemm& gemm, const Run& run, int slot) {
+  const int64_t* row = directory_row(gemm, gemm.slices[run.slice].projection, slot);
+  const int padded = padded_ranks(row);
+  if (run.unit >= rank_tiles(padded) * kTileDepth / kUnit) return;
+  Factor factor = {};
+  factor.image =
+      run.is_u ? u_image(gemm, run.slice, run.dense) : v_image(gemm, run.slice, run.dense);
+  factor.depth_tiles = run.is_u ? gemm.rank_tiles : input_tiles(gemm);
+  const Shapes shapes = load_shapes(row);
+  int unit = run.unit;
+#pragma unroll
+  for (int b = 0; b < DW_MAX_BANDS; ++b) {
+    factor.rank = band_rank(shapes.of[b]);
+    const int units = padded_rank(factor.rank) / kUnit;
+    if (unit < units) {
+      const int64_t* fields = row + DW_FIELD_BANDS + b * DW_BAND_FIELDS;
+      factor.from = gemm.arena + fields[run.is_u ? DW_BAND_U : DW_BAND_V];
+      factor.levels = reinterpret_cast<const __half*>(gemm.arena + fields[DW_BAND_LEVELS]);
+      const bool codebook = band_grid(shapes.of[b]) == DW_GRID_CODEBOOK;
+      dispatch(band_bits(shapes.of[b]), codebook, [&]<int kBits, bool kLevels>() {
+        for (int group = run.first; group < run.last; ++group) {
+          if (run.is_u) {
+            unpack_u<kBits, kLevels>(factor, unit, group);
+          } else {
+            unpack_v<kBits, kLevels>(factor, unit, gemm.in_groups, group);
+          }
+        }
+      });
+      return;
+    }
+    unit -= units;
+    factor.first_row += padded_rank(factor.rank);
+  }
+  if (!run.is_u) return;
+  for (int group = run.first; group < run.last; ++group) clear_u(factor, run.unit, group);
+}
+
+// ---- Kernels ----------------------------------------------------------------------------------
+
+// Into how many parts stage 1 cuts in_features for a record: what ends first on a GPU of 132
+// multiprocessors if all of the launch's tokens were its own. In clocks: what a k tile of a work
+// item takes, what an item costs beside, and 8 bytes a part for each sum. By sizes and the record's
+// own ranks alone: no neighbour changes the order of a sum.
+__device__ __forceinline__ int best_parts(const Gemm& gemm, int padded) {
+  const int depth = input_tiles(gemm);
+  const int tiles =
+      ceil_div(padded, gemm.columns) * gemm.slice_count * ceil_div(gemm.token_count, kTileRows);
+  const float sums = static_cast<float>(padded) * gemm.slice_count * gemm.token_count;
+  float least = 0.f;
+  int best = 0;
+  for (int parts = 1; parts <= min(gemm.most_parts, depth); ++parts) {
+    const int item = ceil_div(depth, parts) * (11 * gemm.columns / 2) + 16 * gemm.columns;
+    const float clocks =
+        static_cast<float>(ceil_div(tiles * parts, 132)) * item + parts * sums / 200;
+    if (best == 0 || clocks < least) {
+      least = clocks;
+      best = parts;
+    }
+  }
+  return best;
+}
+
+// The most ranks and parts of any dense slot and slice, and the parts of each; one block of threads
+// calls it.
+__device__ void write_cuts(const Gemm& gemm, const int* slots, int dense) {
+  __shared__ int most[2];
+  if (threadIdx.x < 2) most[threadIdx.x] = 0;
+  __syncthreads();
+  for (int pair = threadIdx.x; pair < dense * gemm.slice_count; pair += kThreads) {
+    const int projection = gemm.slices[pair % gemm.slice_count].projection;
+    const int padded =
+        padded_ranks(directory_row(gemm, projection, slots[pair / gemm.slice_count]));
+    const int parts = best_parts(gemm, padded);
+    gemm.cuts[2 + pair] = parts;
+    atomicMax(&most[0], padded);
+    atomicMax(&most[1], parts);
+  }
+  __syncthreads();
+  if (threadIdx.x < 2) gemm.cuts[threadIdx.x] = most[threadIdx.x];
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads, kResident)
+    operands_kernel(const __grid_constant__ Gemm gemm, const Input<T> input) {
+  __shared__ int slots[DW_MAX_TOKENS / kDenseTokens];
+  const int chunks = dense_chunks(gemm);
+  for (int index = threadIdx.x; index < chunks; index += kThreads) {
+    const int4 chunk = dense_chunk(gemm, index);
+    slots[chunk.w] = chunk.x;
+  }
+  __syncthreads();
+  const int dense = chunks > 0 ? dense_chunk(gemm, chunks - 1).w + 1 : 0;
+  const int rows = chunks > 0 ? gemm.plan[kPlanPlaced] : 0;
+  const int units = gemm.rank_tiles * kTileDepth / kUnit, slot_runs = runs_a_slot(gemm);
+  const int runs = dense * slot_runs * units;
+  after_previous();
+  let_next_begin();
+  if (blockIdx.x == gridDim.x - 1) write_cuts(gemm, slots, dense);
+  for (int item = blockIdx.x; item < rows + ceil_div(runs, kWarps); item += gridDim.x) {
+    const int index = (item - rows) * kWarps + static_cast<int>(threadIdx.x) / 32;
+    if (item < rows) {
+      write_x(gemm, input, item);
+    } else if (index < runs) {
+      const Run run = run_at(gemm, index, units, slot_runs);
+      unpack_run(gemm, run, slots[run.dense]);
+    }
   }
 }
 
 __global__ void __launch_bounds__(kRowThreads) h_kernel(const __grid_constant__ Gemm gemm) {
+  constexpr int kKept = ceil_div((DW_MAX_RANK + 16 * DW_MAX_BANDS) / 8, kRowThreads);
+  const int order = blockIdx.x, slice = blockIdx.y;
   after_previous();
   let_next_begin();
-  const int order = blockIdx.x, slice = blockIdx.y;
-  if (order >= placed_tokens(gemm)) return;
-  const int4 chunk = chunk_of(gemm, chunk_at(gemm, order));
-  const int64_t* row = directory_row(gemm, gemm.slices[slice].projection, chunk.x);
-  if (!is_factored(row)) return;
-  const int quads = static_cast<int>(row[DW_FIELD_PADDED_RANK]) / 4;
+  if (dense_chunks(gemm) == 0 || order >= gemm.plan[kPlanPlaced]) return;
+  const int image_row = gemm.plan[plan_rows(gemm.token_count) + order];
+  if (image_row < 0) return;
+  const int4 chunk = dense_chunk(gemm, image_row / kTileRows);
+  const int padded = padded_ranks(directory_row(gemm, gemm.slices[slice].projection, chunk.x));
+  const int octets = padded / 8, parts = parts_of(gemm, slice, chunk.w);
+  float kept[kKept][8] = {};
   float largest = 0.f;
-  for (int quad = threadIdx.x; quad < quads; quad += kRowThreads) {
-    largest = fmaxf(largest, largest_of(h_quad(gemm, slice, order, quad)));
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int octet = threadIdx.x + i * kRowThreads;
+    if (octet >= octets) break;
+    for (int part = 0; part < parts; ++part) {
+      const float* from = h_row(gemm, part, slice, order) + 8 * octet;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float4 v = __ldcg(reinterpret_cast<const float4*>(from) + half);
+        kept[i][4 * half] += v.x;
+        kept[i][4 * half + 1] += v.y;
+        kept[i][4 * half + 2] += v.z;
+        kept[i][4 * half + 3] += v.w;
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 8; ++k) largest = fmaxf(largest, fabsf(kept[i][k]));
   }
-  const float scale = normalizer<7>(block_max(largest));  // of h times what x's image was scaled by
+  const float scale = normalizer<7>(block_max(largest));
   const int64_t place = static_cast<int64_t>(slice) * gemm.token_count + order;
   if (threadIdx.x == 0) gemm.h_scale[place] = gemm.image_scale[order] / scale;
-  const int rows = image_rows(chunk.z);
-  unsigned char* image = h_image(gemm, slice, chunk);
-  for (int quad = threadIdx.x; quad < quads; quad += kRowThreads) {
-    const float4 v = h_quad(gemm, slice, order, quad);
-    const float scaled[4] = {v.x * scale, v.y * scale, v.z * scale, v.w * scale};
-    store_quad(image, rows, order - chunk.y, 4 * quad, scaled);
+  unsigned char* image = h_image(gemm, slice);
+#pragma unroll
+  for (int i = 0; i < kKept; ++i) {
+    const int octet = threadIdx.x + i * kRowThreads;
+    if (octet >= rank_tiles(padded) * kTileDepth / 8) break;
+    *octet_at(image, gemm.rank_tiles, image_row, octet) = to_halves(kept[i], scale);
   }
 }
 
 }  // namespace
 
-cudaError_t launch_x_image(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream) {
+cudaError_t launch_operands(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream) {
   const auto launch = [&](auto kernel, auto* x) {
-    return launch_dependent(kernel, dim3(gemm.token_count), kRowThreads, 0, stream, gemm, x,
-                            args.x_stride, int{args.in_features}, int{args.in_offset});
+    return launch_dependent(kernel, dim3(kResident * multiprocessors()), kThreads, 0, stream, gemm,
+                            {x, args.x_stride, args.in_features, args.in_offset});
   };
   if (args.dtype == DW_BFLOAT16) {
-    return launch(x_kernel<__nv_bfloat16>, static_cast<const __nv_bfloat16*>(args.x));
+    return launch(operands_kernel<__nv_bfloat16>, static_cast<const __nv_bfloat16*>(args.x));
   }
-  return launch(x_kernel<__half>, static_cast<const __half*>(args.x));
+  return launch(operands_kernel<__half>, static_cast<const __half*>(args.x));
 }
 
 cudaError_t launch_h_image(const Gemm& gemm, cudaStream_t stream) {

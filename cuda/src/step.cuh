@@ -15,12 +15,12 @@
 
 namespace dw {
 
-// Chunks of a plan that was made for this launch; none of another.
+// Chunks of few-token slots of a plan that was made for this launch; none of another.
 __device__ __forceinline__ int chunk_count(const Gemm& gemm) {
-  return gemm.plan[kPlanChunkTokens] == gemm.chunk_tokens ? gemm.plan[kPlanChunks] : 0;
+  return gemm.plan[kPlanChunkTokens] == gemm.chunk_tokens ? gemm.plan[kPlanFew] : 0;
 }
 
-// (slot, first token in plan order, count, first row of its image) of a chunk.
+// (slot, first token in plan order, count, place among the dense slots) of a chunk.
 __device__ __forceinline__ int4 chunk_of(const Gemm& gemm, int chunk) {
   return reinterpret_cast<const int4*>(gemm.plan + plan_chunks(gemm.token_count))[chunk];
 }
@@ -30,17 +30,10 @@ __device__ __forceinline__ int token_at(const Gemm& gemm, int order) {
   return gemm.plan[plan_order(gemm.token_count) + order];
 }
 
-// How many tokens have a slot, and the chunk of the token at a place of the plan's order.
-__device__ __forceinline__ int placed_tokens(const Gemm& gemm) {
-  return chunk_count(gemm) > 0 ? gemm.plan[kPlanPlaced] : 0;
-}
-__device__ __forceinline__ int chunk_at(const Gemm& gemm, int order) {
-  return gemm.plan[plan_chunk_at(gemm.token_count) + order];
-}
-
 // What a token's delta is multiplied with.
 __device__ __forceinline__ float weight_of(const Gemm& gemm, int64_t token) {
-  return gemm.weights == nullptr ? 1.f : __ldcg(gemm.weights + token * gemm.weights_stride);
+  if (gemm.token_weights == nullptr) return 1.f;
+  return __ldcg(gemm.token_weights + token * gemm.token_weights_stride);
 }
 
 __device__ __forceinline__ const int64_t* directory_row(const Gemm& gemm, int projection,
@@ -63,11 +56,6 @@ __device__ __forceinline__ bool is_factored(const int64_t* row) {
 __device__ __forceinline__ float* h_row(const Gemm& gemm, int tile, int slice, int order) {
   const int64_t rows = static_cast<int64_t>(tile * gemm.slice_count + slice) * gemm.token_count;
   return gemm.h + (rows + order) * gemm.ranks;
-}
-
-// The image of a chunk's h (prefill.cuh).
-__device__ __forceinline__ unsigned char* h_image(const Gemm& gemm, int slice, int4 chunk) {
-  return gemm.h_image + (slice * gemm.image_rows + chunk.w) * gemm.ranks * 2;
 }
 
 // Four ranks of h, the tiles' sum.

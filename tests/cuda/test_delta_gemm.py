@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from factored_records import RandomBand, RandomRecord
 pytestmark = pytest.mark.gpu
 
 PRESET = (RandomBand(8, 2), RandomBand(3, 32), RandomBand(2, 90))
+DENSE = 128  # tokens of a slot from which prefill unpacks its factors
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}
 
 
@@ -64,11 +65,11 @@ class Setup:
     def expected(self, index: int) -> np.ndarray:
         """The delta term in float64."""
         x = self.x.double().cpu().numpy()
-        rows = [
-            self.records[slot][index].apply(x[t : t + 1])[0] if slot >= 0 else np.zeros(self.case.outs[index])
-            for t, slot in enumerate(self.slots.tolist())
-        ]
-        return np.stack(rows)
+        slots = self.slots.numpy()
+        y = np.zeros((len(x), self.case.outs[index]))
+        for slot in set(slots[slots >= 0].tolist()):
+            y[slots == slot] = self.records[slot][index].apply(x[slots == slot])
+        return y
 
     def run(self, slots=None, chunk=None):
         """Y of zeros, inside a wider poisoned tensor whose margin must survive."""
@@ -143,22 +144,45 @@ CASES = {
 CASES |= {f"{bits} bits codebook": Case(bands=(RandomBand(bits, 21, "codebook"),)) for bits in (1, 2, 3, 4, 8)}
 
 
-@pytest.mark.parametrize("chunk", [8, 128], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
-def test_matches_float64(gpu_library, name, dtype, chunk):
+def test_decode_matches_float64(gpu_library, name, dtype):
+    check(gpu_library, replace(CASES[name], dtype=dtype, chunk=8))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_matches_float64(gpu_library, name, dtype):
+    """Slot 0 has so many tokens that its factors are unpacked; the others keep their few."""
     case = CASES[name]
-    check(gpu_library, Case(**{**vars(case), "dtype": dtype, "chunk": chunk}))
+    few = np.random.default_rng(1).integers(-1, case.tenants, case.tokens) if case.slots is None else case.slots
+    slots = np.random.default_rng(2).permutation([0] * (DENSE + 5) + list(few)).tolist()
+    check(gpu_library, replace(case, dtype=dtype, chunk=128, tokens=len(slots), slots=slots))
+
+
+@pytest.mark.parametrize("tokens", [DENSE - 1, DENSE, DENSE + 1, 2 * DENSE, 2 * DENSE + 1])
+def test_around_the_least_dense_slot(gpu_library, tokens):
+    slots = [1] * tokens + [0] * 20 + [2] * (DENSE + 9) + [-1]
+    check(gpu_library, Case(tokens=len(slots), slots=slots, chunk=128, outs=(300, 77)))
+
+
+def test_most_tokens(gpu_library):
+    """2048 tokens of dense and other slots, with tiles of 256 outputs on some GPUs."""
+    slots = np.repeat([0, 1, 2, 3, -1], [900, 128, 127, 600, 293])
+    slots = np.random.default_rng(3).permutation(slots).tolist()
+    bands = (RandomBand(8, 2), RandomBand(3, 32), RandomBand(2, 420))
+    check(gpu_library, Case(tokens=2048, tenants=4, slots=slots, in_features=1100, outs=(900, 640), bands=bands))
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_random_shapes_match_float64(gpu_library, seed):
+    """Tokens of all kinds; in prefill some seeds have dense slots."""
     rng = np.random.default_rng(1000 + seed)
     bands = tuple(
         RandomBand(int(rng.choice([1, 2, 3, 4, 8, 16])), int(rng.integers(1, 70))) for _ in range(rng.integers(1, 6))
     )
     case = Case(
-        tokens=int(rng.choice([1, 2, 7, 8, 9, 33, 70])),
+        tokens=int(rng.choice([1, 2, 7, 8, 9, 33, 70, 300])),
         tenants=int(rng.integers(1, 6)),
         in_features=int(rng.integers(1, 1500)),
         outs=tuple(int(out) for out in rng.integers(1, 700, rng.integers(1, 4))),
@@ -170,29 +194,62 @@ def test_random_shapes_match_float64(gpu_library, seed):
     check(gpu_library, case)
 
 
-def test_runs_are_bit_identical(gpu_library):
+@pytest.mark.parametrize("many", [0, 2 * DENSE], ids=["decode", "dense"])
+def test_runs_are_bit_identical(gpu_library, many):
     import torch
 
-    setup = Setup(gpu_library, Case(tokens=20, tenants=4, outs=(512, 256)))
+    setup = Setup(
+        gpu_library, Case(tokens=20 + 2 * many, slots=[*range(4)] * 5 + [1, 3] * many, tenants=4, outs=(512, 256))
+    )
     first, second = setup.run(), setup.run()
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("many", [0, DENSE], ids=["few", "dense"])
 @pytest.mark.parametrize("chunk", [8, 128], ids=["decode", "prefill"])
-def test_neighbours_leave_bits_alone(gpu_library, chunk):
+def test_neighbours_leave_bits_alone(gpu_library, chunk, many):
     """Tokens of tenant 0 keep their bits when the others change tenant, and when a neighbour is swapped."""
     import torch
 
-    setup = Setup(gpu_library, Case(tokens=12, tenants=3, slots=[0, 1, 0, 2, -1, 0, 1, 1, 2, 0, 0, -1], chunk=chunk))
+    slots = [0, 1, 0, 2, -1, 0, 1, 1, 2, 0, 0, -1] + [0, 2] * many
+    setup = Setup(gpu_library, Case(tokens=len(slots), tenants=3, slots=slots, chunk=chunk))
     mine = torch.tensor(setup.slots.tolist()) == 0
     before = setup.run()[0][mine]
-    moved = torch.where(mine, 0, torch.tensor([2, 2, -1, 1, 1, 0, -1, 2, 2, 1, 1, 1])).int()
+    others = torch.tensor([2, 2, -1, 1, 1, 0, -1, 2, 2, 1, 1, 1] + [1] * 2 * many)  # one becomes dense
+    moved = torch.where(mine, 0, others).int()
     assert torch.equal(before, setup.run(slots=moved)[0][mine])
     setup.arena.evict(1)
     wide = Case(bands=(RandomBand(4, 120),), seed=9)
     record = RandomRecord.draw(np.random.default_rng(9), (384, 512), wide.bands)
     assert setup.arena.add({0: record}) == 1
     assert torch.equal(before, setup.run()[0][mine])
+    assert torch.equal(before, setup.run(slots=moved)[0][mine])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("chunk", "many"), [(8, 0), (128, DENSE)], ids=["decode", "dense"])
+def test_weights_scale_each_token(gpu_library, chunk, many, dtype):
+    """Every stride, also one value for all; a weight of 0 leaves y's values alone."""
+    import torch
+    from device_arena import Step
+
+    slots = [0, 1, -1, 1, 0] + [0] * many
+    setup = Setup(gpu_library, Case(tokens=len(slots), slots=slots, chunk=chunk, dtype=dtype))
+    table = torch.randn((len(slots), 8), device="cuda")
+    table[1] = 0
+    for weights in (table[:, 3], table[:1, 2].expand(len(slots))):
+        y = torch.ones((len(slots), 384), device="cuda", dtype=setup.x.dtype)
+        step = Step(setup.arena, setup.slots, chunk=chunk)
+        step.make_plan()
+        gemm, workspace = step.product(setup.x, [(0, y)])
+        gemm.weights, gemm.weights_stride = weights.data_ptr(), weights.stride(0)
+        gpu_library.delta_gemm(gemm, torch.cuda.current_stream().cuda_stream)
+        torch.cuda.synchronize()
+        expected = 1 + setup.expected(0) * weights.double().cpu().numpy()[:, None]
+        assert np.linalg.norm(y.double().cpu().numpy() - expected) < TOLERANCE[dtype] * np.linalg.norm(expected)
+        assert (y[torch.tensor(setup.slots.tolist()) == -1] == 1).all()
+        assert weights.stride(0) == 0 or (y[1] == 1).all()
+        assert workspace.numel() == gemm.workspace_bytes
 
 
 def test_adds_to_y(gpu_library):
@@ -251,20 +308,23 @@ def test_graph_replay_follows_slots_and_tenants(gpu_library):
     assert workspace.numel() == gemm.workspace_bytes
 
 
-def test_non_finite_tokens_stay_alone(gpu_library):
+@pytest.mark.parametrize(("chunk", "tokens"), [(8, 4), (128, DENSE + 4)], ids=["decode", "dense"])
+def test_non_finite_tokens_stay_alone(gpu_library, chunk, tokens):
     import torch
 
-    setup = Setup(gpu_library, Case(tokens=4, tenants=1, slots=[0, 0, 0, 0]))
+    setup = Setup(gpu_library, Case(tokens=tokens, tenants=1, slots=[0] * tokens, chunk=chunk))
     clean = setup.run()[0]
     setup.x[2, 5] = float("nan")
     spoiled = setup.run()[0]
+    others = torch.arange(tokens) != 2
     assert torch.isnan(spoiled[2]).all()
-    assert torch.equal(clean[[0, 1, 3]], spoiled[[0, 1, 3]])
+    assert torch.equal(clean[others], spoiled[others])
 
 
-def test_small_and_large_activations(gpu_library):
+@pytest.mark.parametrize(("chunk", "tokens"), [(8, 3), (128, DENSE)], ids=["decode", "dense"])
+def test_small_and_large_activations(gpu_library, chunk, tokens):
     """Scales at which fp16 intermediates would underflow or overflow."""
-    setup = Setup(gpu_library, Case(tokens=3, tenants=1, slots=[0, 0, 0], dtype="bfloat16"))
+    setup = Setup(gpu_library, Case(tokens=tokens, tenants=1, slots=[0] * tokens, dtype="bfloat16", chunk=chunk))
     for factor in (2.0**-40, 2.0**30):
         setup.x.mul_(factor)
         expected, got = setup.expected(0), setup.run()[0].double().cpu().numpy()
