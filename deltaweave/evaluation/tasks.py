@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from deltaweave.formats import DeltaweaveError
 
-__all__ = ["Task", "TaskScore", "complete", "load_tasks", "score_task"]
+__all__ = ["Task", "TaskScore", "complete", "complete_tokens", "load_tasks", "score_task"]
 
 BATCH = 64
 NORMAL_95 = 1.959964
@@ -92,35 +93,55 @@ def score_task(model: PreTrainedModel, tokenizer: Any, tasks: Sequence[Task]) ->
     return TaskScore(correct, len(tasks))
 
 
-@torch.no_grad()
 def complete(model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], most: int) -> list[str]:
     """Continues prompts greedily by at most `most` tokens each; returns the new text up to the end token."""
     end = tokenizer.eos_token_id
-    pad = end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    answers = complete_tokens(model, rows, most, () if end is None else (end,), tokenizer.pad_token_id)
+    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return texts
+
+
+@torch.no_grad()
+def complete_tokens(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], most: int, stop: Collection[int], pad: int | None = None
+) -> list[list[int]]:
+    """Continues token rows greedily, in batches.
+
+    Args:
+        model: whose own generation settings play no part.
+        prompts: at least one token each.
+        most: new tokens at most.
+        stop: tokens that end a row.
+        pad: fills rows up; None for a stop token, or 0.
+
+    Returns:
+        The new tokens of each row, the one that ended it left out.
+    """
+    filler = next(iter(sorted(stop)), 0) if pad is None else pad
     # The model's own settings (a repetition penalty, say) would fill in what these leave open.
     own, model.generation_config = model.generation_config, GenerationConfig()
-    greedy = GenerationConfig(max_new_tokens=most, do_sample=False, eos_token_id=end, pad_token_id=pad)
+    greedy = GenerationConfig(
+        max_new_tokens=most, do_sample=False, eos_token_id=sorted(stop) or None, pad_token_id=filler
+    )
     try:
         batches = [prompts[start : start + BATCH] for start in range(0, len(prompts), BATCH)]
-        return [answer for batch in batches for answer in _complete_batch(model, tokenizer, batch, greedy)]
+        return [answer for batch in batches for answer in _complete_batch(model, batch, greedy, stop)]
     finally:
         model.generation_config = own
 
 
 def _complete_batch(
-    model: PreTrainedModel, tokenizer: Any, prompts: Sequence[str], settings: GenerationConfig
-) -> list[str]:
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    width = max(len(row) for row in rows)
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], settings: GenerationConfig, stop: Collection[int]
+) -> list[list[int]]:
+    width = max(len(row) for row in prompts)
     # Padding stands on the left, so that every prompt ends where its answer begins.
     pad = settings.pad_token_id or 0
-    tokens = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
+    tokens = torch.tensor([[pad] * (width - len(row)) + list(row) for row in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in prompts], device=model.device)
     grown = model.generate(tokens, attention_mask=mask, generation_config=settings)
-    answers = [_until(row, settings.eos_token_id) for row in grown[:, width:].tolist()]
-    texts: list[str] = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return texts
+    return [_until(row, stop) for row in grown[:, width:].tolist()]
 
 
-def _until(tokens: list[int], end: int | None) -> list[int]:
-    return tokens[: tokens.index(end)] if end in tokens else tokens
+def _until(tokens: list[int], stop: Collection[int]) -> list[int]:
+    return list(takewhile(lambda token: token not in stop, tokens))

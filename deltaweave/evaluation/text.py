@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 from deltaweave.formats import DeltaweaveError
 
-__all__ = ["TextScore", "load_text", "score_text"]
+__all__ = ["TextScore", "TextTotals", "load_text", "score_text", "token_slices"]
 
 # Tokens run through the models at a time, and logits held at a time: 2^24 float64 numbers are 128 MiB, of which a few
 # are alive at once. A vocabulary of 150 thousand is scored 111 tokens at a time.
@@ -77,14 +78,12 @@ def score_text(reference: PreTrainedModel, candidate: PreTrainedModel, sequences
     vocabulary = expected_head.out_features
     if found_head.out_features != vocabulary:
         raise DeltaweaveError(f"the candidate's vocabulary has {found_head.out_features} tokens, not {vocabulary}")
-    totals = _Totals()
+    totals = TextTotals()
     for piece in sequences.split(max(1, TOKENS // sequences.shape[1])):
         expected = _hidden_states(reference, piece)
         found = expected if candidate is reference else _hidden_states(candidate, piece)
         targets = piece[:, 1:].flatten().to(found.device)
-        step = max(1, LOGITS // vocabulary)
-        for part in range(0, len(targets), step):
-            tokens = slice(part, part + step)
+        for tokens in token_slices(len(targets), vocabulary):
             totals.add(expected_head(expected[tokens]), found_head(found[tokens]), targets[tokens])
     return totals.score()
 
@@ -95,36 +94,66 @@ def _hidden_states(model: PreTrainedModel, sequences: torch.Tensor) -> torch.Ten
     return states[:, :-1].flatten(0, 1)
 
 
-class _Totals:
-    """Sums over tokens."""
+def token_slices(tokens: int, vocabulary: int) -> Iterator[slice]:
+    """Tokens in parts whose logits fit into memory at a time."""
+    step = max(1, LOGITS // vocabulary)
+    for start in range(0, tokens, step):
+        yield slice(start, start + step)
+
+
+class TextTotals:
+    """Sums over tokens, from which every score of a text follows."""
 
     def __init__(self) -> None:
-        self.loss = self.agreed = self.difference = self.size = 0.0
-        self.divergences: list[torch.Tensor] = []
+        self._loss = self._reference_loss = self._agreed = self._difference = self._size = 0.0
+        self._divergences: list[torch.Tensor] = []
 
     def add(self, expected: torch.Tensor, found: torch.Tensor, targets: torch.Tensor) -> None:
-        """Adds logits [tokens, vocabulary] of both models and the tokens that came next."""
+        """Adds logits [tokens, vocabulary] of the fine-tune and a candidate, and the tokens [tokens] that came next."""
         log_expected, log_found = expected.double().log_softmax(-1), found.double().log_softmax(-1)
-        self.loss -= float(log_found.gather(-1, targets[:, None]).sum())
-        self.agreed += float((expected.argmax(-1) == found.argmax(-1)).sum())
-        self.divergences.append((log_expected.exp() * (log_expected - log_found)).sum(-1).cpu())
+        self._loss -= float(log_found.gather(-1, targets[:, None]).sum())
+        self._reference_loss -= float(log_expected.gather(-1, targets[:, None]).sum())
+        self._agreed += float((expected.argmax(-1) == found.argmax(-1)).sum())
+        self._divergences.append((log_expected.exp() * (log_expected - log_found)).sum(-1).cpu())
         # Log-probabilities differ from logits by a constant per token, which the centring takes away.
         centred = log_expected - log_expected.mean(-1, keepdim=True)
         difference = log_found - log_found.mean(-1, keepdim=True) - centred
-        self.difference += float(difference.square().sum())
-        self.size += float(centred.square().sum())
+        self._difference += float(difference.square().sum())
+        self._size += float(centred.square().sum())
+
+    def merge(self, other: TextTotals) -> None:
+        """Adds another text's sums."""
+        self._loss += other._loss
+        self._reference_loss += other._reference_loss
+        self._agreed += other._agreed
+        self._difference += other._difference
+        self._size += other._size
+        self._divergences += other._divergences
+
+    @property
+    def reference_perplexity(self) -> float:
+        """Perplexity of the fine-tune over the same tokens."""
+        return _perplexity(self._reference_loss, self._tokens)
+
+    @property
+    def _tokens(self) -> int:
+        return sum(map(len, self._divergences))
 
     def score(self) -> TextScore:
-        divergences = torch.cat(self.divergences)
-        tokens = len(divergences)
+        """The candidate's scores; not a number where its logits are none."""
+        divergences = torch.cat(self._divergences)
         return TextScore(
-            tokens=tokens,
-            perplexity=math.exp(min(self.loss / tokens, 700.0)),
-            kl=max(0.0, float(divergences.mean())),
+            tokens=self._tokens,
+            perplexity=_perplexity(self._loss, self._tokens),
+            kl=float(divergences.mean().clamp_min(0)),  # which keeps NaN, as max(0.0, ...) does not
             kl_error=_standard_error(divergences),
-            top1=self.agreed / tokens,
-            logit_error=math.sqrt(self.difference / self.size) if self.size else 0.0,
+            top1=self._agreed / self._tokens,
+            logit_error=math.sqrt(self._difference / self._size) if self._size else 0.0,
         )
+
+
+def _perplexity(loss: float, tokens: int) -> float:
+    return math.exp(min(loss / tokens, 700.0))
 
 
 def _standard_error(values: torch.Tensor) -> float:

@@ -13,7 +13,7 @@ from helpers import perturbed, tiny_checkpoint, tiny_tokenizer
 from transformers import GenerationConfig
 
 from deltaweave import evaluation
-from deltaweave.evaluation import TaskScore, compare, load_tasks, load_text, score_task, score_text
+from deltaweave.evaluation import TaskScore, TextTotals, compare, load_tasks, load_text, score_task, score_text
 from deltaweave.evaluation.tasks import Task, complete
 from deltaweave.models import load_checkpoint, load_tokenizer
 
@@ -79,6 +79,29 @@ class TestText:
     def test_the_fine_tune_against_itself(self, models):
         score = score_text(models[0], models[0], sequences(2, 16))
         assert (score.kl, score.top1, score.logit_error) == (0, 1, 0)
+
+    def test_a_candidate_without_numbers_is_not_taken_for_the_fine_tune(self):
+        totals = TextTotals()
+        totals.add(torch.randn(4, 7), torch.full((4, 7), math.nan), torch.arange(4))
+        score = totals.score()
+        assert math.isnan(score.kl)
+        assert math.isnan(score.perplexity)
+        assert math.isnan(score.logit_error)
+
+    def test_texts_add_up(self):
+        """Sums of two texts are those of both in one."""
+        expected, found = torch.randn(2, 40, 9), torch.randn(2, 40, 9)
+        targets = torch.randint(0, 9, (2, 40))
+        parts, whole = [TextTotals(), TextTotals()], TextTotals()
+        for part, *logits in zip(parts, expected, found, targets, strict=True):
+            part.add(*logits)
+        whole.add(expected.flatten(0, 1), found.flatten(0, 1), targets.flatten())
+        parts[0].merge(parts[1])
+        score, together = parts[0].score(), whole.score()
+        for name in ("tokens", "perplexity", "kl", "top1", "logit_error"):
+            assert getattr(score, name) == pytest.approx(getattr(together, name), rel=1e-9)
+        loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1).double(), targets.flatten())
+        assert parts[0].reference_perplexity == pytest.approx(math.exp(loss), rel=1e-9)
 
     def test_blocks_of_tokens_change_nothing(self, models, monkeypatch):
         """Large vocabularies are scored a few tokens at a time."""
