@@ -1,10 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The delta file: SPEC.md says what it is, this package reads and writes it. Needs numpy, and nothing else of ours."""
+"""Delta and fusion files: SPEC.md says what they are, this package reads and writes them. Needs numpy alone."""
 
 from deltaweave.formats.accounting import FileBytes, record_bytes
 from deltaweave.formats.container import Container, TensorEntry
 from deltaweave.formats.delta import Delta, Problem
 from deltaweave.formats.errors import DeltaweaveError, FormatError
+from deltaweave.formats.fusion import (
+    MAX_EXPERTS,
+    BlockGate,
+    DeltaExpert,
+    DeltaReference,
+    Expert,
+    FixedGate,
+    Fusion,
+    Lora,
+    LoraMatrix,
+    LoraReference,
+    TokenGate,
+)
+from deltaweave.formats.fusion_file import (
+    fusion_digest,
+    parse_fusion,
+    read_fusion,
+    resolve_fusion,
+    verify_fusion,
+    write_fusion,
+)
 from deltaweave.formats.header import FORMAT_VERSION, Architecture, CarriedFile, Header, TunedInfo
 from deltaweave.formats.identity import (
     BaseIdentity,
@@ -36,22 +57,32 @@ __all__ = [
     "CODE_BITS",
     "FORMAT_VERSION",
     "MAX_BANDS",
+    "MAX_EXPERTS",
     "Architecture",
     "Band",
     "BaseIdentity",
     "BaseRecord",
+    "BlockGate",
     "ByteCount",
     "CarriedFile",
     "Container",
     "Delta",
+    "DeltaExpert",
+    "DeltaReference",
     "DeltaweaveError",
     "DenseRecord",
     "ExactArray",
     "ExactDtype",
+    "Expert",
     "FactoredRecord",
     "FileBytes",
+    "FixedGate",
     "FormatError",
+    "Fusion",
     "Header",
+    "Lora",
+    "LoraMatrix",
+    "LoraReference",
     "PackedBand",
     "PackedMatrix",
     "Problem",
@@ -60,13 +91,18 @@ __all__ = [
     "RowsRecord",
     "TensorEntry",
     "TensorIdentity",
+    "TokenGate",
     "TunedInfo",
     "apply_record",
     "dense_bytes",
     "factored_bytes",
+    "fusion_digest",
     "load_records",
     "pack_codes",
+    "parse_fusion",
+    "read_fusion",
     "record_bytes",
+    "resolve_fusion",
     "root_digest",
     "row_bytes",
     "sampled_fingerprint",
@@ -74,5 +110,7 @@ __all__ = [
     "shard",
     "tensor_digest",
     "unpack_codes",
+    "verify_fusion",
     "write_delta",
+    "write_fusion",
 ]

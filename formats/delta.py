@@ -15,7 +15,7 @@ from deltaweave.formats.container import Container, parse_json
 from deltaweave.formats.encoding import RECORD_KINDS, decode_record, parts_of
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.fields import Fields
-from deltaweave.formats.header import FORMAT_NAME, FORMAT_VERSION, Header, parse_version
+from deltaweave.formats.header import FORMAT_NAME, Header, header_digest, header_fields
 from deltaweave.formats.identity import root_digest, tensor_digest
 from deltaweave.formats.layout import ALIGNMENT, FILES_PREFIX, MAX_HEADER, padded
 from deltaweave.formats.records import DenseRecord, FactoredRecord, Record, apply_record
@@ -48,6 +48,7 @@ class Delta:
     Attributes:
         path: as it was opened.
         header: what it is of and how it was made.
+        header_sha256: of the header string: another file's is another.
         names: parameters that have a record, in file order.
     """
 
@@ -56,7 +57,8 @@ class Delta:
         self.path = Path(path)
         self._shards = containers
         self._containers = {name: container for container in containers for name in container.tensors}
-        fields = _header_fields(metadata, str(path))
+        fields = header_fields(metadata, str(path), FORMAT_NAME)
+        self.header_sha256 = header_digest(metadata)
         self.header = Header.from_json(fields)
         self._tolerant = fields.tolerant
         self._entries = fields.parameters("records").value
@@ -74,8 +76,7 @@ class Delta:
         path = Path(path)
         if path.name.endswith(INDEX_SUFFIX):
             return _open_sharded(cls, path)
-        container = Container.open(path)
-        return cls([container], container.metadata, path)
+        return cls._of(Container.open(path), path)
 
     @classmethod
     def from_bytes(cls, data: bytes | memoryview, path: str = "bytes") -> Delta:
@@ -84,7 +85,12 @@ class Delta:
         Raises:
             FormatError: as `open`.
         """
-        container = Container(memoryview(data), path)
+        return cls._of(Container(memoryview(data), path), path)
+
+    @classmethod
+    def _of(cls, container: Container, path: Path | str) -> Delta:
+        if "header_sha256" in container.metadata:
+            raise FormatError(f"{path}: is one shard of a delta; open its {INDEX_SUFFIX}")
         return cls([container], container.metadata, path)
 
     def __enter__(self) -> Delta:
@@ -231,30 +237,12 @@ class Delta:
                 yield f"{name}.{part}"
 
 
-def _header_fields(metadata: Mapping[str, Any], where: str) -> Fields:
-    """The header's JSON object, if the metadata are those of a delta of a version that can be read."""
-    found = metadata.get("format")
-    if found != FORMAT_NAME:
-        raise FormatError(f"{where}: format {str(found)[:60]!r}, expected {FORMAT_NAME!r}")
-    outer = Fields(metadata, f"{where}: metadata", tolerant=True)
-    version_text = outer.string("version")
-    version = parse_version(version_text, where)
-    if "header_sha256" in metadata:
-        raise FormatError(f"{where}: is one shard of a delta; open its {INDEX_SUFFIX}")
-    # The header is a string inside JSON and may hold lone surrogates there, which no UTF-8 file could.
-    text = outer.string("deltaweave").encode("utf-8", errors="surrogatepass")
-    fields = Fields(parse_json(text, f"{where}: header"), f"{where}: header", tolerant=version > FORMAT_VERSION)
-    fields.choice("format", (FORMAT_NAME,))
-    fields.choice("version", (version_text,))
-    return fields
-
-
 def _open_sharded(cls: type[Delta], index_path: Path) -> Delta:
     """Opens all shards that an index names; each must name the header that the index holds."""
     index = Fields(_read_index(index_path), str(index_path), tolerant=True)
     metadata = index.object("metadata")
     weight_map = index.object("weight_map")
-    digest = tensor_digest(str(metadata.get("deltaweave")).encode("utf-8", errors="surrogatepass"))
+    digest = header_digest(metadata)
     found: dict[str, str] = {}
     containers = []
     for file in sorted({str(file) for file in weight_map.values()}):

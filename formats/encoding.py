@@ -32,7 +32,7 @@ from deltaweave.formats.records import (
 )
 from numpy.typing import NDArray
 
-__all__ = ["RECORD_KINDS", "decode_record", "encode_record", "parts_of"]
+__all__ = ["RECORD_KINDS", "decode_record", "encode_record", "exactly", "parts_of", "stored_array"]
 
 Array = NDArray[Any]
 PARTS = {
@@ -73,7 +73,7 @@ def decode_record(entry: Any, name: str, container: Container, where: str, *, to
     for part in PARTS[kind]:
         digests.digest(part)
     digests.done()
-    record: Record = _DECODERS[kind](fields, lambda part, dtype: _stored(container, f"{name}.{part}", dtype))
+    record: Record = _DECODERS[kind](fields, lambda part, dtype: stored_array(container, f"{name}.{part}", dtype))
     fields.done()
     return record
 
@@ -168,7 +168,12 @@ def _band_entries(bands: Sequence[Band]) -> list[dict[str, Any]]:
 Stored = Callable[[str, str], Array]
 
 
-def _stored(container: Container, tensor: str, dtype: str) -> Array:
+def stored_array(container: Container, tensor: str, dtype: str) -> Array:
+    """A stored tensor, padding included.
+
+    Raises:
+        FormatError: it is missing, of another dtype, or not aligned.
+    """
     array = container.array(tensor, dtype)
     if container.tensors[tensor].start % ALIGNMENT or array.nbytes % ALIGNMENT:
         raise FormatError(f"{container.path}: tensor {tensor[:200]} is not aligned to {ALIGNMENT} bytes")
@@ -181,7 +186,7 @@ def _decode_factored(fields: Fields, stored: Stored) -> FactoredRecord:
     size = fields.natural("group_size", least=1, most=MAX_GROUP_SIZE)
     v_offset = fields.natural("v_group_offset", most=size - 1)
     u_offset = fields.natural("u_group_offset", most=size - 1)
-    sigma = _exactly(fields, stored("sigma", "F32"), sum(band.rank for band in bands), "sigma")
+    sigma = exactly(fields, stored("sigma", "F32"), sum(band.rank for band in bands), "sigma")
     v = _decode_matrix(fields, bands, in_features, size, v_offset, stored, "v.")
     u = _decode_matrix(fields, bands, out_features, size, u_offset, stored, "u.")
     return fields.build(FactoredRecord, shape, u, v, sigma, fields.quality("quality"))
@@ -200,7 +205,7 @@ def _decode_dense(fields: Fields, stored: Stored) -> DenseRecord:
 def _decode_rows(fields: Fields, stored: Stored) -> RowsRecord:
     rows, columns = shape = fields.matrix_shape("shape")
     count = fields.natural("rows", most=rows)
-    indices = _exactly(fields, stored("indices", "I32"), count, "indices")
+    indices = exactly(fields, stored("indices", "I32"), count, "indices")
     values = _decode_values(fields, (count, columns), stored)
     return fields.build(RowsRecord, shape, indices, values, fields.quality("quality"))
 
@@ -274,11 +279,11 @@ def _decode_matrix(
 
 def _decode_values(fields: Fields, shape: tuple[int, ...], stored: Stored) -> ExactArray:
     dtype = fields.choice("dtype", NUMPY_DTYPES)
-    values = _exactly(fields, stored("values", dtype), math.prod(shape), "values")
+    values = exactly(fields, stored("values", dtype), math.prod(shape), "values")
     return fields.build(ExactArray, values.reshape(shape), dtype)
 
 
-def _exactly(fields: Fields, array: Array, count: int, part: str) -> Array:
+def exactly(fields: Fields, array: Array, count: int, part: str) -> Array:
     """The first `count` values of a padded tensor whose length must be just what padding makes of `count`."""
     if array.nbytes != padded(count * array.itemsize):
         fields.fail(

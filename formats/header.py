@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from deltaweave.formats.container import ITEM_BITS
+from deltaweave.formats.container import ITEM_BITS, parse_json
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.fields import Fields
-from deltaweave.formats.identity import BaseIdentity, TensorIdentity
+from deltaweave.formats.identity import BaseIdentity, TensorIdentity, tensor_digest
 from deltaweave.formats.layout import is_file_name, is_parameter_name
 from deltaweave.formats.records import NUMPY_DTYPES
 
@@ -22,6 +22,10 @@ __all__ = [
     "CarriedFile",
     "Header",
     "TunedInfo",
+    "decode_architecture",
+    "decode_base",
+    "header_digest",
+    "header_fields",
     "parse_version",
 ]
 
@@ -121,9 +125,9 @@ class Header:
             fields.fail("method", "has no name")
         return cls(
             tool=fields.string("tool"),
-            base=_base(fields.nested("base")),
+            base=decode_base(fields.nested("base")),
             tuned=_tuned(fields.nested("tuned")),
-            architecture=_architecture(fields.nested("architecture")),
+            architecture=decode_architecture(fields.nested("architecture")),
             method=method,
             calibration=None if fields.get("calibration") is None else fields.object("calibration"),
             files=_files(fields.nested("files")),
@@ -145,7 +149,42 @@ def parse_version(text: str, where: str) -> tuple[int, int]:
     return major, minor
 
 
-def _base(fields: Fields) -> BaseIdentity:
+def header_fields(metadata: Mapping[str, Any], where: str, name: str) -> Fields:
+    """The header's JSON object, if the metadata are those of a file of this format and of a version that can be read.
+
+    Args:
+        metadata: `__metadata__` of the file, or of its index.
+        where: the file, for messages.
+        name: of the format.
+
+    Raises:
+        FormatError: another format, a newer major version, or no JSON object.
+    """
+    found = metadata.get("format")
+    if found != name:
+        raise FormatError(f"{where}: format {str(found)[:60]!r}, expected {name!r}")
+    outer = Fields(metadata, f"{where}: metadata", tolerant=True)
+    version_text = outer.string("version")
+    version = parse_version(version_text, where)
+    text = _header_bytes(outer.string("deltaweave"))
+    fields = Fields(parse_json(text, f"{where}: header"), f"{where}: header", tolerant=version > FORMAT_VERSION)
+    fields.choice("format", (name,))
+    fields.choice("version", (version_text,))
+    return fields
+
+
+def header_digest(metadata: Mapping[str, Any]) -> str:
+    """SHA-256 of the header string, which holds the digests of all tensors: it names a file's content."""
+    return tensor_digest(_header_bytes(str(metadata.get("deltaweave"))))
+
+
+def _header_bytes(text: str) -> bytes:
+    """The header is a string inside JSON and may hold lone surrogates there, which no UTF-8 file could."""
+    return text.encode("utf-8", errors="surrogatepass")
+
+
+def decode_base(fields: Fields) -> BaseIdentity:
+    """The identity of a base, as every header has it."""
     tensors = fields.parameters("tensors")
     identity = BaseIdentity(
         name=fields.string("name"),
@@ -179,7 +218,8 @@ def _tuned(fields: Fields) -> TunedInfo:
     return info
 
 
-def _architecture(fields: Fields) -> Architecture:
+def decode_architecture(fields: Fields) -> Architecture:
+    """The architecture, as every header has it."""
     tied = fields.parameters("tied").value
     if not all(isinstance(owner, str) and is_parameter_name(owner) and owner not in tied for owner in tied.values()):
         fields.fail("tied", "must map names to names of parameters that are not tied themselves")

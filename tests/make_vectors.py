@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes the committed test vectors: `python tests/make_vectors.py`.
 
-`example.safetensors` is SPEC.md's worked example; `kinds.safetensors` has every kind of record, bit width and grid.
+`example.safetensors` is SPEC.md's worked example; `kinds.safetensors` has every kind of record, bit width and grid;
+`fusion.safetensors` has LoRAs of several ranks and dtypes, a reference to a delta, and a token gate.
 `vectors.json` holds their digests and, for each record, digests of what a reader must get out of it: little-endian
 float32 bytes of U, V, sigma, or of the exact values.
 """
@@ -9,15 +10,30 @@ float32 bytes of U, V, sigma, or of the exact values.
 import hashlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent))
-from deltaweave.formats import Band, DenseRecord, FactoredRecord, PackedBand, PackedMatrix, pack_codes, write_delta
+from deltaweave.formats import (
+    Band,
+    Delta,
+    DeltaReference,
+    DenseRecord,
+    FactoredRecord,
+    Fusion,
+    PackedBand,
+    PackedMatrix,
+    pack_codes,
+    write_delta,
+    write_fusion,
+)
+from fusions import make_fusion, make_gate
 from samples import FILES, make_header, make_records
 
 VECTORS = Path(__file__).parents[1] / "formats" / "vectors"
+FUSION = "fusion.safetensors"
 
 
 def example_record() -> FactoredRecord:
@@ -54,9 +70,34 @@ def expected(record) -> dict[str, str]:
         values = {"values": record.values.to_float32()}
     else:
         values = {}
-    return {
-        name: hashlib.sha256(np.ascontiguousarray(value, "<f4").tobytes()).hexdigest() for name, value in values.items()
+    return {name: digest(value) for name, value in values.items()}
+
+
+def vector_fusion() -> Fusion:
+    """Three LoRAs and `kinds.safetensors` as the fourth expert."""
+    fusion = make_fusion()
+    with Delta.open(VECTORS / "kinds.safetensors") as delta:
+        reference = DeltaReference("kinds", "kinds.safetensors", delta.header_sha256)
+    gate = make_gate(np.random.default_rng(1), 4)
+    return replace(fusion, experts=(*fusion.experts, reference), gate=gate)
+
+
+def expected_of_fusion(fusion: Fusion) -> dict[str, str]:
+    """Digests of what a reader must get out of its tensors, as for records."""
+    arrays = {
+        f"experts/{index}/{name}.{part}": getattr(matrix, part)
+        for index, lora in enumerate(fusion.loras)
+        for name, matrix in lora.modules.items()
+        for part in ("a", "b")
     }
+    for name, block in fusion.gate.blocks.items():
+        arrays |= {f"gate/{name}.weight": block.weight, f"gate/{name}.bias": block.bias}
+    return {name: digest(array.to_float32()) for name, array in arrays.items()}
+
+
+def digest(values) -> str:
+    """Of little-endian float32 bytes."""
+    return hashlib.sha256(np.ascontiguousarray(values, "<f4").tobytes()).hexdigest()
 
 
 def main() -> None:
@@ -68,6 +109,12 @@ def main() -> None:
             "sha256": hashlib.sha256((VECTORS / name).read_bytes()).hexdigest(),
             "records": {parameter: expected(record) for parameter, record in records.items()},
         }
+    fusion = vector_fusion()
+    write_fusion(VECTORS / FUSION, fusion, force=True)
+    vectors[FUSION] = {
+        "sha256": hashlib.sha256((VECTORS / FUSION).read_bytes()).hexdigest(),
+        "tensors": expected_of_fusion(fusion),
+    }
     (VECTORS / "vectors.json").write_text(json.dumps(vectors, indent=2) + "\n")
 
 

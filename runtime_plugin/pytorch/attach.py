@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import overload
 
 import torch
-from deltaweave.formats import BaseRecord, Delta, Record, ReplaceRecord
+from deltaweave.formats import BaseRecord, Delta, Fusion, Record, ReplaceRecord
 from deltaweave.runtime_plugin.fit import (
     AttachError,
     generation_settings,
@@ -17,6 +17,7 @@ from deltaweave.runtime_plugin.fit import (
 )
 from deltaweave.runtime_plugin.pytorch.arena import Arena
 from deltaweave.runtime_plugin.pytorch.fit import require_base, rotary_embedding
+from deltaweave.runtime_plugin.pytorch.fusion import FusionAttachment, attach_fusion
 from deltaweave.runtime_plugin.pytorch.modules import MatrixRecord, TunedEmbedding, TunedLinear, shared_linear
 from deltaweave.runtime_plugin.pytorch.packed import exact_tensor
 from deltaweave.runtime_plugin.pytorch.serve import ServingAttachment, serve
@@ -32,13 +33,18 @@ def attach(model: nn.Module, source: Delta, *, accept_base: bool = False) -> Att
 
 
 @overload
+def attach(model: nn.Module, source: Fusion, *, accept_base: bool = False) -> FusionAttachment: ...
+
+
+@overload
 def attach(model: nn.Module, source: Arena) -> ServingAttachment: ...
 
 
-def attach(model: nn.Module, source: Delta | Arena, *, accept_base: bool = False) -> Attachment:
-    """Makes a base model compute one fine-tune, or those of an arena.
+def attach(model: nn.Module, source: Delta | Fusion | Arena, *, accept_base: bool = False) -> Attachment:
+    """Makes a base model compute one fine-tune, one fusion, or those of an arena.
 
-    One delta is computed by the reference op and holds for the whole batch. With an arena every row of a batch has its
+    One delta or fusion is computed by the reference ops and holds for the whole batch; a fusion may be attached over a
+    delta, and then adds to the fine-tune's layers. With an arena every row of a batch has its
     own tenant (`ServingAttachment.step` says which) and, on a GPU, libdeltaweave's kernels do the work.
 
     Projections, norms, biases, embeddings, lm_head, rotary embeddings and, of one delta, generation settings all follow
@@ -46,7 +52,8 @@ def attach(model: nn.Module, source: Delta | Arena, *, accept_base: bool = False
 
     Args:
         model: a Hugging Face causal language model holding the base's weights.
-        source: a delta that is open (and may be closed afterwards), or an arena that was made for this model.
+        source: a delta that is open (and may be closed afterwards), a fusion (`resolve_fusion`), or an arena that was
+            made for this model.
         accept_base: do not compare the model's weights with the base that the delta was made from (needed for casts
             that lose bits, and for quantized bases). An arena's tenants were checked when they were added.
 
@@ -59,6 +66,8 @@ def attach(model: nn.Module, source: Delta | Arena, *, accept_base: bool = False
     """
     if isinstance(source, Arena):
         return serve(model, source)
+    if isinstance(source, Fusion):
+        return attach_fusion(model, source, accept_base=accept_base)
     return _attach_delta(model, source, accept_base)
 
 

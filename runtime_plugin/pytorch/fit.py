@@ -37,19 +37,26 @@ def require_base(model: nn.Module, base: BaseIdentity) -> None:
     """Compares the smallest tensors with the base's digests; a lossless cast passes.
 
     Raises:
-        AttachError: a tensor of other values.
+        AttachError: a tensor of other values, or none that can be compared.
     """
-    state, left = model.state_dict(), CHECKED_BYTES
+    state, left, compared = model.state_dict(), CHECKED_BYTES, 0
     for name, entry in sorted(base.tensors.items(), key=lambda item: (torch.Size(item[1].shape).numel(), item[0])):
         tensor = state.get(name)
         if tensor is None or entry.dtype not in DTYPES or tuple(tensor.shape) != entry.shape:
             continue
         stored = tensor.to(DTYPES[entry.dtype]).contiguous().cpu()
         left -= stored.nbytes
-        if left < 0:
+        if left < 0 and compared:
             return
         if tensor_digest(stored.view(-1).view(torch.uint8).numpy().data) != entry.sha256:
             raise AttachError(
                 f"{name}: the model's values are not those of the base that the delta was made from ({base.name}, root "
                 f"{base.root[:12]}); accept_base takes them all the same"
             )
+        compared += 1
+    if base.tensors and not compared:
+        name, entry = next(iter(base.tensors.items()))
+        raise AttachError(
+            f"{name}: the model has no tensor of this name and shape {list(entry.shape)}, nor any other one of the "
+            f"base that the delta was made from ({base.name}, root {base.root[:12]}); accept_base takes it all the same"
+        )

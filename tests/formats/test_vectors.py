@@ -9,13 +9,24 @@ from pathlib import Path
 import jsonschema
 import numpy as np
 import pytest
-from deltaweave.formats import Delta, FormatError, write_delta
+from deltaweave.formats import (
+    Delta,
+    FixedGate,
+    FormatError,
+    parse_fusion,
+    resolve_fusion,
+    verify_fusion,
+    write_delta,
+    write_fusion,
+)
+from fusions import make_fusion
 from fuzz_reader import HOSTILE, places
-from make_vectors import VECTORS, contents, expected
-from samples import make_header, sample_bytes, split_file
+from make_vectors import FUSION, VECTORS, contents, expected, expected_of_fusion, vector_fusion
+from samples import make_header, pack_file, sample_bytes, split_file
 
 FORMATS = Path(__file__).parents[2] / "formats"
 SCHEMA = json.loads((FORMATS / "schema" / "header.schema.json").read_text())
+FUSION_SCHEMA = json.loads((FORMATS / "schema" / "fusion.schema.json").read_text())
 NAMES = ["example.safetensors", "kinds.safetensors"]
 
 
@@ -72,6 +83,52 @@ def test_headers_meet_the_schema(tmp_path):
         jsonschema.validate(inner, SCHEMA)
 
 
+def test_the_fusion_vector(tmp_path, vectors):
+    fusion = vector_fusion()
+    assert write_fusion(tmp_path / FUSION, fusion).read_bytes() == (VECTORS / FUSION).read_bytes()
+    assert hashlib.sha256((VECTORS / FUSION).read_bytes()).hexdigest() == vectors[FUSION]["sha256"]
+    assert verify_fusion(VECTORS / FUSION) == []
+    assert expected_of_fusion(resolve_fusion(VECTORS / FUSION)) == vectors[FUSION]["tensors"]
+
+
+def test_fusion_headers_meet_their_schema(tmp_path):
+    jsonschema.Draft202012Validator.check_schema(FUSION_SCHEMA)
+    fixed = write_fusion(tmp_path / "fixed.safetensors", make_fusion(gate=FixedGate((0.5, 0, 1))))
+    for path in (VECTORS / FUSION, fixed):
+        jsonschema.validate(split_file(path.read_bytes())[1], FUSION_SCHEMA)
+
+
+def test_the_fusion_schema_and_reader_require_the_same_keys():
+    """Whatever key is removed from the header, both refuse it, and neither takes an unknown one."""
+    outer, inner, section = split_file((VECTORS / FUSION).read_bytes())
+    validator = jsonschema.Draft202012Validator(FUSION_SCHEMA)
+    checked = 0
+    for path in places(inner):
+        if not path or not isinstance(path[-1], str) or path[0] in ("training", "method"):
+            continue
+        if path[-2:-1] in (("tensors",), ("tied",), ("modules",), ("blocks",)):
+            continue  # free content: a reader misses the tensors' owner, a schema cannot
+        damaged = copy.deepcopy(inner)
+        owner = damaged
+        for key in path[:-1]:
+            owner = owner[key]
+        if isinstance(owner, dict):
+            del owner[path[-1]]
+            assert not validator.is_valid(damaged) and not readable_fusion(pack_file(outer, damaged, section)), path
+            owner["unknown"] = 1
+            assert not validator.is_valid(damaged), path
+            checked += 1
+    assert checked > 100
+
+
+def readable_fusion(data):
+    try:
+        parse_fusion(data)
+    except FormatError:
+        return False
+    return True
+
+
 def header():
     return split_file((VECTORS / "kinds.safetensors").read_bytes())
 
@@ -79,8 +136,6 @@ def header():
 def test_schema_and_reader_require_the_same_keys(tmp_path):
     """Whatever key is removed from a header, both refuse it or both accept it."""
     outer, inner, section = header()
-    from samples import pack_file
-
     validator = jsonschema.Draft202012Validator(SCHEMA)
     checked = 0
     for path in places(inner):
@@ -104,8 +159,6 @@ def test_schema_and_reader_require_the_same_keys(tmp_path):
 
 def test_what_the_reader_accepts_the_schema_accepts():
     outer, inner, section = header()
-    from samples import pack_file
-
     validator = jsonschema.Draft202012Validator(SCHEMA)
     generator = np.random.default_rng(0)
     candidates = [path for path in places(inner) if path]
