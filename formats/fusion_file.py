@@ -227,9 +227,10 @@ def _expert(index: int, fields: Fields, container: Container) -> Expert:
     expert: Expert
     name = fields.string("name")
     kind = fields.choice("kind", ("lora", "reference", "delta"))
-    if kind != "lora":
-        reference = LoraReference if kind == "reference" else DeltaReference
-        expert = fields.build(reference, name, fields.string("path"), fields.digest("header_sha256"))
+    if kind == "reference":
+        expert = fields.build(LoraReference, name, fields.string("path"), fields.digest("header_sha256"))
+    elif kind == "delta":
+        expert = fields.build(DeltaReference, name, fields.string("path"), fields.digest("header_sha256"))
     else:
         entries = fields.parameters("modules")
         modules = {

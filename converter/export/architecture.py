@@ -31,6 +31,7 @@ class Decoder:
         checkpoint: its weights.
         layers: decoder blocks.
         hidden: features of the residual stream.
+        intermediate: features of the MLP.
         heads: of queries.
         kv_heads: of keys and values.
         head_dim: features of each.
@@ -45,6 +46,7 @@ class Decoder:
     checkpoint: Checkpoint
     layers: int
     hidden: int
+    intermediate: int
     heads: int
     kv_heads: int
     head_dim: int
@@ -72,9 +74,9 @@ class Decoder:
             if kind not in ROTARY_KINDS:
                 raise ExportError(f"{where}: rotary embedding {kind}, expected one of {', '.join(ROTARY_KINDS)}")
             rotary = LlamaRotaryEmbedding(config)
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, ExportError):
-                raise
+        except ExportError:
+            raise
+        except Exception as error:  # whatever Transformers makes of values that are none
             raise CheckpointError(f"{where}: not usable ({str(error).partition(chr(10))[0]})") from error
         if config.hidden_act != "silu":
             raise ExportError(f"{where}: hidden_act {config.hidden_act}, expected silu")
@@ -84,6 +86,7 @@ class Decoder:
             checkpoint=checkpoint,
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
+            intermediate=config.intermediate_size,
             heads=config.num_attention_heads,
             kv_heads=config.num_key_value_heads,
             head_dim=_head_dim(config),
@@ -104,33 +107,43 @@ class Decoder:
         Raises:
             CheckpointError: a tensor that the family has is missing.
         """
-        yield self._parameter(EMBEDDING, "embedding", vocabulary)
+        hidden, queries, keys = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        yield self._parameter(EMBEDDING, "embedding", (self.vocabulary, hidden), vocabulary)
         for layer in range(self.layers):
             block = f"model.layers.{layer}"
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
-                yield from self._linear(f"{block}.self_attn.{name}")
+            for name, shape in (
+                ("q_proj", (queries, hidden)),
+                ("k_proj", (keys, hidden)),
+                ("v_proj", (keys, hidden)),
+                ("o_proj", (hidden, queries)),
+            ):
+                yield from self._linear(f"{block}.self_attn.{name}", shape)
             for name in ("q_norm", "k_norm"):
                 if f"{block}.self_attn.{name}.weight" in self.checkpoint:
-                    yield self._parameter(f"{block}.self_attn.{name}.weight", "vector")
-            for name in ("gate_proj", "up_proj", "down_proj"):
-                yield from self._linear(f"{block}.mlp.{name}")
+                    yield self._parameter(f"{block}.self_attn.{name}.weight", "vector", (self.head_dim,))
+            for name in ("gate_proj", "up_proj"):
+                yield from self._linear(f"{block}.mlp.{name}", (self.intermediate, hidden))
+            yield from self._linear(f"{block}.mlp.down_proj", (hidden, self.intermediate))
             for name in ("input_layernorm", "post_attention_layernorm"):
-                yield self._parameter(f"{block}.{name}.weight", "vector")
-        yield self._parameter("model.norm.weight", "vector")
-        yield self._parameter(HEAD, "linear", vocabulary)
+                yield self._parameter(f"{block}.{name}.weight", "vector", (hidden,))
+        yield self._parameter("model.norm.weight", "vector", (hidden,))
+        yield self._parameter(HEAD, "linear", (self.vocabulary, hidden), vocabulary)
 
-    def _linear(self, name: str) -> Iterator[GraphParameter]:
-        yield self._parameter(f"{name}.weight", "linear")
+    def _linear(self, name: str, shape: tuple[int, int]) -> Iterator[GraphParameter]:
+        yield self._parameter(f"{name}.weight", "linear", shape)
         if f"{name}.bias" in self.checkpoint:
-            yield self._parameter(f"{name}.bias", "vector")
+            yield self._parameter(f"{name}.bias", "vector", shape[:1])
 
-    def _parameter(self, name: str, kind: Any, rows: int | None = None) -> GraphParameter:
+    def _parameter(self, name: str, kind: Any, shape: tuple[int, ...], rows: int = 1) -> GraphParameter:
         stored = self.checkpoint.resolve(name)
         if stored is None:
             raise CheckpointError(f"{self.checkpoint.folder}: has no tensor {name}")
-        shape = self.checkpoint.shape(stored)
-        least = 1 if kind == "vector" else shape[0]
-        return GraphParameter(name=name, kind=kind, shape=shape, rows=max(least, rows or 0))
+        found = self.checkpoint.shape(stored)
+        if found != shape:
+            raise CheckpointError(
+                f"{self.checkpoint.files[stored]}: {name} has shape {list(found)}, config.json says {list(shape)}"
+            )
+        return GraphParameter(name=name, kind=kind, shape=shape, rows=max(rows, 1 if kind == "vector" else shape[0]))
 
 
 def _head_dim(config: Any) -> int:
@@ -138,7 +151,9 @@ def _head_dim(config: Any) -> int:
 
 
 def _window(config: Any, layer: int) -> int | None:
-    """The sliding window of a layer."""
+    """The sliding window of a layer; Llama has none, whatever its configuration says."""
+    if config.model_type == "llama":
+        return None
     kinds = getattr(config, "layer_types", None)
     window = getattr(config, "sliding_window", None)
     if window is None or not getattr(config, "use_sliding_window", True):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from deltaweave.converter.checkpoint import EMBEDDING, Checkpoint
 from deltaweave.converter.export.architecture import Decoder
@@ -22,6 +23,7 @@ PRODUCER = "deltaweave"
 # Tokens that a fine-tune may add to the base's vocabulary where nobody says how many.
 SPARE_TOKENS = 256
 MAX_RANK = 4096
+MAX_SEQUENCE, MAX_SLOTS = 1 << 20, 4096
 
 Progress = Callable[[int, int], None]
 
@@ -90,9 +92,14 @@ def export_decoder(
 
 
 def _sizes(decoder: Decoder, options: ExportOptions) -> GraphSizes:
-    for name in ("max_sequence", "slots"):
-        if getattr(options, name) < 1:
-            raise ExportError(f"{name} {getattr(options, name)}, expected at least 1")
+    if options.dtype not in get_args(Dtype):
+        raise ExportError(f"dtype {options.dtype!r}, expected one of {', '.join(get_args(Dtype))}")
+    for name, value, most in (
+        ("max_sequence", options.max_sequence, MAX_SEQUENCE),
+        ("slots", options.slots, MAX_SLOTS),
+    ):
+        if not 1 <= value <= most:
+            raise ExportError(f"{name} {value}, expected 1 to {most}")
     vocabulary = decoder.vocabulary + SPARE_TOKENS if options.vocabulary is None else options.vocabulary
     if vocabulary < decoder.vocabulary:
         raise ExportError(f"vocabulary {vocabulary}, the base has {decoder.vocabulary} tokens")
@@ -109,8 +116,7 @@ def _write(
 ) -> None:
     names = [EMBEDDING, *(parameter.name for parameter in parameters)]
     total = len(dict.fromkeys(map(decoder.checkpoint.resolve, names)))
-    partial = {name: folder / f".{name}.{os.getpid()}.partial" for name in (MODEL_FILE, DATA_FILE)}
-    (folder / MODEL_FILE).unlink(missing_ok=True)
+    partial = {name: folder / f".{name}.partial" for name in (MODEL_FILE, DATA_FILE)}
     try:
         with partial[DATA_FILE].open("wb") as file:
             weights = WeightFile(file, DATA_FILE, sizes.dtype, lambda done: progress(done, total))
@@ -121,6 +127,7 @@ def _write(
             file.write(model.SerializeToString())
             file.flush()
             os.fsync(file.fileno())
+        (folder / MODEL_FILE).unlink(missing_ok=True)  # its weights are about to go
         partial[DATA_FILE].replace(folder / DATA_FILE)
         partial[MODEL_FILE].replace(folder / MODEL_FILE)
     finally:

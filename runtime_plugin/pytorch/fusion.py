@@ -160,7 +160,11 @@ class FusedLinear(nn.Module):
     """A base linear layer and the experts on it, weighed by the gate of its block."""
 
     def __init__(
-        self, base: nn.Linear, lora: StackedLora | None, deltas: Sequence[tuple[int, FactoredDelta]], gate: _Gate
+        self,
+        base: nn.Linear | TunedLinear,
+        lora: StackedLora | None,
+        deltas: Sequence[tuple[int, FactoredDelta]],
+        gate: _Gate,
     ) -> None:
         """`deltas`: (number of the expert, its delta of the layer)."""
         super().__init__()
@@ -298,9 +302,9 @@ def _swap(model: nn.Module, name: str, experts: _Experts, gate: _Gate) -> Swap:
         raise AttachError(f"{name}: the model has a {type(layer).__name__} there, expected a linear layer")
     shape, device = (layer.out_features, layer.in_features), layer.weight.device
     matrices, records = experts.loras.get(name, []), experts.records.get(name, [])
-    for _, part in [*matrices, *records]:
-        if tuple(part.shape) != shape:
-            raise AttachError(f"{name}: the model has shape {list(shape)}, the expert {list(part.shape)}")
+    for found in [*(matrix.shape for _, matrix in matrices), *(record.shape for _, record in records)]:
+        if found != shape:
+            raise AttachError(f"{name}: the model has shape {list(shape)}, the expert {list(found)}")
     lora = StackedLora.of(matrices, device) if matrices else None
     deltas = [(index, FactoredDelta.of(record, device)) for index, record in records]
     parent, _, child = name.rpartition(".")

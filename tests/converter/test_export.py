@@ -74,7 +74,8 @@ def test_sixteen_bits(native, family, tmp_path, dtype, tolerance):
 @pytest.mark.parametrize(
     ("name", "config"),
     [
-        ("llama", {"attention_bias": False, "rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
+        ("llama", {"sliding_window": 6}),  # which Transformers ignores
+        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}),
         (
             "llama",
             {
@@ -162,10 +163,26 @@ def test_what_the_graph_cannot_express(tmp_path, change, words):
 
 
 @pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"rms_norm_eps": "x"}, "config.json: not usable"),
+        ({"vocab_size": 40}, r"embed_tokens\.weight has shape \[56, 64\], config\.json says \[40, 64\]"),
+        ({"num_key_value_heads": 4}, r"k_proj\.weight has shape \[32, 64\], config\.json says \[64, 64\]"),
+    ],
+)
+def test_a_configuration_that_the_tensors_deny(tmp_path, change, words):
+    base = tiny_checkpoint(tmp_path / "base")
+    edit_config(base, **change)
+    with pytest.raises(CheckpointError, match=words):
+        export_decoder(base, tmp_path / "graph", ExportOptions(**OPTIONS))
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"max_sequence": 0}, "max_sequence 0, expected at least 1"),
-        ({"slots": 0}, "slots 0, expected at least 1"),
+        ({"dtype": "int8"}, "dtype 'int8', expected one of float16, bfloat16, float32"),
+        ({"max_sequence": 0}, "max_sequence 0, expected 1 to"),
+        ({"slots": 10**6}, "slots 1000000, expected 1 to 4096"),
         ({"vocabulary": 3}, "vocabulary 3, the base has"),
         ({"max_rank": 5000}, "max_rank 5000, expected 1 to 4096"),
     ],
@@ -206,13 +223,17 @@ export_decoder(sys.argv[1], sys.argv[2], ExportOptions(max_sequence=48, slots=4)
 """
 
 
-def test_a_killed_export_leaves_no_graph(tmp_path):
-    base = tiny_checkpoint(tmp_path / "base")
-    (tmp_path / "graph").mkdir()
-    (tmp_path / "graph" / MODEL_FILE).write_text("an older one, whose weights are about to go")
-    ended = subprocess.run([sys.executable, "-c", KILLED, base, tmp_path / "graph"], env=dict(os.environ), check=False)
-    assert ended.returncode == -signal.SIGKILL
-    assert not (tmp_path / "graph" / MODEL_FILE).exists()
+def test_a_killed_export_leaves_an_earlier_one_or_none(tmp_path):
+    base, folder = tiny_checkpoint(tmp_path / "base"), tmp_path / "graph"
+    for earlier in (None, "kept"):
+        if earlier:
+            folder.mkdir(exist_ok=True)
+            (folder / MODEL_FILE).write_text(earlier)
+        ended = subprocess.run([sys.executable, "-c", KILLED, base, folder], env=dict(os.environ), check=False)
+        assert ended.returncode == -signal.SIGKILL
+        assert (folder / MODEL_FILE).exists() == bool(earlier)
+    export_decoder(base, folder, ExportOptions(**OPTIONS))
+    assert sorted(path.name for path in folder.iterdir()) == [MODEL_FILE, DATA_FILE], "leftovers are gone"
 
 
 def test_the_manifest_survives_json(tmp_path):
