@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from deltaweave.generation import generate
     from deltaweave.runtime_plugin.pytorch import Arena, attach
     from deltaweave.serving import Prompt, generate_batch
+    from deltaweave.validation import validate
 
 __version__ = version("deltaweave")
 
@@ -32,6 +33,7 @@ __all__ = [
     "compress",
     "generate",
     "generate_batch",
+    "validate",
     "verify",
 ]
 
@@ -42,6 +44,7 @@ _HOMES = {
     "generation": ("generate",),
     "runtime_plugin.pytorch": ("Arena", "attach"),
     "serving": ("Prompt", "generate_batch"),
+    "validation": ("validate",),
 }
 
 

@@ -18,6 +18,7 @@ from deltaweave.cli.compare import compare_command
 from deltaweave.cli.compress import COMPRESS_EXAMPLES, compress_command
 from deltaweave.cli.generate import generate_command
 from deltaweave.cli.inspect import inspect_command
+from deltaweave.cli.validate import VALIDATE_EXAMPLES, validate_command
 from deltaweave.cli.verify import verify_command
 from deltaweave.formats import DeltaweaveError
 
@@ -41,6 +42,7 @@ app.command("verify")(verify_command)
 app.command("apply")(apply_command)
 app.command("generate")(generate_command)
 app.command("compare")(compare_command)
+app.command("validate", epilog=VALIDATE_EXAMPLES)(validate_command)
 
 
 def _print_version(wanted: bool) -> None:

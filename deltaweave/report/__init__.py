@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A comparison as one self-contained HTML page, and its plots as PNG files."""
+"""Comparisons and validations as self-contained HTML pages, and their plots as PNG files."""
 
-from deltaweave.report.page import require_absent, save_plots, write_report
+from deltaweave.report.page import save_plots, write_report
+from deltaweave.report.render import require_absent
+from deltaweave.report.validation import validation_plots, write_validation
 
-__all__ = ["require_absent", "save_plots", "write_report"]
+__all__ = ["require_absent", "save_plots", "validation_plots", "write_report", "write_validation"]

@@ -4,24 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
-from markupsafe import Markup
-
 from deltaweave.evaluation import Candidate, Comparison
-from deltaweave.formats import DeltaweaveError
-from deltaweave.formats.container import write_atomically, write_pieces
 from deltaweave.report.details import DeltaDetails, read_details
 from deltaweave.report.figures import Plot, byte_kinds, comparison_plots, delta_plots
-from deltaweave.report.style import BITS, COLOURS, to_png, to_svg
+from deltaweave.report.render import drawings, render, require_absent, write_page
+from deltaweave.report.style import BITS, to_png
 from deltaweave.units import format_bytes, one_over, percent
 
-__all__ = ["require_absent", "save_plots", "write_report"]
-
-FOLDER = Path(__file__).parent
+__all__ = ["save_plots", "write_report"]
 
 
 def write_report(
@@ -47,20 +40,8 @@ def write_report(
     """
     path = Path(path)
     require_absent(path, force=force)
-    page = _render(comparison, read_details(deltas), command).encode()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda write: write_pieces(write, [page], []))
+    write_page(path, _render(comparison, read_details(deltas), command))
     return path
-
-
-def require_absent(path: Path, *, force: bool) -> None:
-    """Refuses a report that exists; to be asked before the work that leads to it.
-
-    Raises:
-        DeltaweaveError: it does, and `force` is not given.
-    """
-    if path.exists() and not force:
-        raise DeltaweaveError(f"{path}: exists (--force replaces it)")
 
 
 def save_plots(folder: str | Path, comparison: Comparison, deltas: Sequence[str | Path]) -> list[Path]:
@@ -78,15 +59,6 @@ def save_plots(folder: str | Path, comparison: Comparison, deltas: Sequence[str 
     return files
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A plot as the page shows it."""
-
-    kind: str
-    title: str
-    svg: Markup
-
-
 def _all_plots(comparison: Comparison, details: Sequence[DeltaDetails]) -> Iterable[Plot]:
     yield from comparison_plots(comparison, details)
     for index, detail in enumerate(details, 1):
@@ -94,30 +66,21 @@ def _all_plots(comparison: Comparison, details: Sequence[DeltaDetails]) -> Itera
 
 
 def _render(comparison: Comparison, details: Sequence[DeltaDetails], command: str | None) -> str:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(FOLDER), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True,
-        lstrip_blocks=True,
-    )  # fmt: skip
-    environment.filters |= {"size": format_bytes, "one_over": one_over, "percent": percent}
     sections = [
-        {"detail": detail, "index": index, "drawings": _drawings(delta_plots(detail, index))}
+        {"detail": detail, "index": index, "drawings": drawings(delta_plots(detail, index))}
         for index, detail in enumerate(details, 1)
     ]
-    return environment.get_template("page.html").render(
+    return render(
+        "page.html",
         comparison=comparison,
         rows=[_row(comparison, candidate) for candidate in comparison.candidates],
         headline=_headline(comparison, details),
-        drawings=_drawings(comparison_plots(comparison, details)),
+        drawings=drawings(comparison_plots(comparison, details)),
         sections=sections,
         byte_kinds=byte_kinds,
         command=command,
-        colours=COLOURS,
         bits=BITS,
     )
-
-
-def _drawings(plots: Iterable[Plot]) -> list[Drawing]:
-    return [Drawing(plot.kind, plot.title, Markup(to_svg(plot.figure, plot.name, plot.description))) for plot in plots]
 
 
 def _row(comparison: Comparison, candidate: Candidate) -> dict[str, Any]:
