@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 DEMO := demo
+HEADERS := build/tensorrt-headers
 MODELS := .models
 
 .PHONY: help setup demo test test-slow lint types examples models kernels clean
@@ -14,11 +15,18 @@ help:
 
 setup: $(READY)  ## install deltaweave and its tools into .venv
 
-$(READY): pyproject.toml constraints.txt CMakeLists.txt
+# TensorRT's public headers, for the plugin: a package that has them, unpacked and never committed.
+$(HEADERS)/include/NvInferRuntime.h:
+	@mkdir -p $(HEADERS) && $(PYTHON) -m pip download --quiet --no-deps --dest $(HEADERS) kernel-lens==2.0.1 2>/dev/null && \
+	  $(PYTHON) -m zipfile -e $(HEADERS)/*.whl $(HEADERS) && ln -sfn kernel_lens/include/tensorrt $(HEADERS)/include || \
+	  echo "TensorRT's headers cannot be had: its plugin is not built"
+
+$(READY): pyproject.toml constraints.txt CMakeLists.txt | $(HEADERS)/include/NvInferRuntime.h
 	@$(PYTHON) -c 'import sys; sys.exit("deltaweave needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	@echo "setting up $(VENV) (about a minute, once)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,lint]'
+	@TENSORRT_ROOT=$(CURDIR)/$(HEADERS) $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	  --editable '.[test,lint,tensorrt]'
 	@touch $(READY)
 
 demo: $(READY)  ## train a pair, compress it, compare, and write demo/report.html (five minutes)
