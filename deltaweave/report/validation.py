@@ -114,7 +114,7 @@ def _agreement_plot(validation: Validation) -> Plot:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_ylim(0, 104)
     axes.set_xlabel("new tokens")
-    axes.set_ylabel("prompts whose greedy text agrees so far, %")
+    axes.set_ylabel("prompts that agree so far, %")
     figure.legend(loc="outside upper left", ncols=2)
     return Plot("greedy", "greedy", "Agreement of greedy texts", f"Greedy texts that agree: {'; '.join(told)}.", figure)
 
