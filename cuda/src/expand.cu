@@ -178,7 +178,7 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
     for (int i = 0; i < kKept; ++i) {
       const int quad = threadIdx.x + i * kThreads;
       if (quad >= quads) break;
-      const float4 v = h_quad(gemm, unit.slice, unit.chunk.y + token, quad);
+      const float4 v = h_quad(gemm, unit.slice, unit.chunk.y + token, quad, gemm.tiles);
       if (token == 0) kept[i] = v;
       largest = fmaxf(largest, largest_of(v));
     }
@@ -193,7 +193,8 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
     for (int i = 0; i < kKept; ++i) {
       const int quad = threadIdx.x + i * kThreads;
       if (quad >= quads) break;
-      const float4 v = token == 0 ? kept[i] : h_quad(gemm, unit.slice, unit.chunk.y + token, quad);
+      const float4 v =
+          token == 0 ? kept[i] : h_quad(gemm, unit.slice, unit.chunk.y + token, quad, gemm.tiles);
       store(token, quad, v, factor);
     }
   }

@@ -44,7 +44,7 @@ struct Gemm {
   int64_t weights_a_slot;  // bytes
   int* cuts;               // most ranks and most parts of any, parts of each [dense slots, slices]
   int image_tiles, rank_tiles, most_parts;  // rank_tiles: of 64, the space a record's ranks have
-  int columns;                              // ranks or outputs of a work item
+  int columns;                              // ranks of a work item of stage 1
   int slice_count;
   Slice slices[DW_MAX_SLICES];
 };

@@ -25,7 +25,6 @@ namespace {
 
 constexpr int kResident = 2;  // blocks of threads a multiprocessor, of operands
 constexpr int kRunGroups = 4;
-constexpr int kRowThreads = 128;  // of the image of h
 
 __device__ float block_max(float value) {
   __shared__ float partial[kWarps];
@@ -35,7 +34,7 @@ __device__ float block_max(float value) {
   }
   if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
   __syncthreads();
-  for (int w = 0; w < blockDim.x / 32; ++w) value = fmaxf(value, partial[w]);
+  for (int w = 0; w < kWarps; ++w) value = fmaxf(value, partial[w]);
   __syncthreads();
   return value;
 }
@@ -117,8 +116,6 @@ __device__ __forceinline__ Run run_at(const Gemm& gemm, int index, int units, in
 
 __device__ void unpack_run(const Gemm& gemm, const Run& run, int slot) {
   const int64_t* row = directory_row(gemm, gemm.slices[run.slice].projection, slot);
-  const int padded = padded_ranks(row);
-  if (run.unit >= rank_tiles(padded) * kTileDepth / kUnit) return;
   Factor factor = {};
   factor.image =
       run.is_u ? u_image(gemm, run.slice, run.dense) : v_image(gemm, run.slice, run.dense);
@@ -135,12 +132,10 @@ __device__ void unpack_run(const Gemm& gemm, const Run& run, int slot) {
       factor.levels = reinterpret_cast<const __half*>(gemm.arena + fields[DW_BAND_LEVELS]);
       const bool codebook = band_grid(shapes.of[b]) == DW_GRID_CODEBOOK;
       dispatch(band_bits(shapes.of[b]), codebook, [&]<int kBits, bool kLevels>() {
-        for (int group = run.first; group < run.last; ++group) {
-          if (run.is_u) {
-            unpack_u<kBits, kLevels>(factor, unit, group);
-          } else {
-            unpack_v<kBits, kLevels>(factor, unit, gemm.in_groups, group);
-          }
+        if (run.is_u) {
+          unpack_u<kBits, kLevels>(factor, unit, run.first, run.last);
+        } else {
+          unpack_v<kBits, kLevels>(factor, unit, gemm.in_groups, run.first, run.last);
         }
       });
       return;
@@ -177,55 +172,76 @@ __device__ __forceinline__ int best_parts(const Gemm& gemm, int padded) {
   return best;
 }
 
-// The most ranks and parts of any dense slot and slice, and the parts of each; one block of threads
-// calls it.
-__device__ void write_cuts(const Gemm& gemm, const int* slots, int dense) {
-  __shared__ int most[2];
-  if (threadIdx.x < 2) most[threadIdx.x] = 0;
+// The dense slots of a launch.
+struct Dense {
+  int count, most_padded;
+  int slots[DW_MAX_TOKENS / kDenseTokens];
+  int padded[DW_MAX_TOKENS / kDenseTokens * DW_MAX_SLICES];  // ranks, [slots, slices]
+
+  // All threads of a block call it.
+  __device__ __forceinline__ void find(const Gemm& gemm) {
+    const int chunks = dense_chunks(gemm);
+    if (threadIdx.x == 0) {
+      count = chunks > 0 ? dense_chunk(gemm, chunks - 1).w + 1 : 0;
+      most_padded = 0;
+    }
+    for (int index = threadIdx.x; index < chunks; index += kThreads) {
+      const int4 chunk = dense_chunk(gemm, index);
+      slots[chunk.w] = chunk.x;
+    }
+    __syncthreads();
+    for (int pair = threadIdx.x; pair < count * gemm.slice_count; pair += kThreads) {
+      const int projection = gemm.slices[pair % gemm.slice_count].projection;
+      padded[pair] = padded_ranks(directory_row(gemm, projection, slots[pair / gemm.slice_count]));
+      atomicMax(&most_padded, padded[pair]);
+    }
+    __syncthreads();
+  }
+};
+
+// How stage 1 is cut; one block of threads calls it.
+__device__ void write_cuts(const Gemm& gemm, const Dense& dense) {
+  __shared__ int most_parts;
+  if (threadIdx.x == 0) most_parts = 0;
   __syncthreads();
-  for (int pair = threadIdx.x; pair < dense * gemm.slice_count; pair += kThreads) {
-    const int projection = gemm.slices[pair % gemm.slice_count].projection;
-    const int padded =
-        padded_ranks(directory_row(gemm, projection, slots[pair / gemm.slice_count]));
-    const int parts = best_parts(gemm, padded);
+  for (int pair = threadIdx.x; pair < dense.count * gemm.slice_count; pair += kThreads) {
+    const int parts = best_parts(gemm, dense.padded[pair]);
     gemm.cuts[2 + pair] = parts;
-    atomicMax(&most[0], padded);
-    atomicMax(&most[1], parts);
+    atomicMax(&most_parts, parts);
   }
   __syncthreads();
-  if (threadIdx.x < 2) gemm.cuts[threadIdx.x] = most[threadIdx.x];
+  if (threadIdx.x > 0) return;
+  gemm.cuts[0] = dense.most_padded;
+  gemm.cuts[1] = most_parts;
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kThreads, kResident)
     operands_kernel(const __grid_constant__ Gemm gemm, const Input<T> input) {
-  __shared__ int slots[DW_MAX_TOKENS / kDenseTokens];
-  const int chunks = dense_chunks(gemm);
-  for (int index = threadIdx.x; index < chunks; index += kThreads) {
-    const int4 chunk = dense_chunk(gemm, index);
-    slots[chunk.w] = chunk.x;
-  }
-  __syncthreads();
-  const int dense = chunks > 0 ? dense_chunk(gemm, chunks - 1).w + 1 : 0;
-  const int rows = chunks > 0 ? gemm.plan[kPlanPlaced] : 0;
-  const int units = gemm.rank_tiles * kTileDepth / kUnit, slot_runs = runs_a_slot(gemm);
-  const int runs = dense * slot_runs * units;
+  __shared__ Dense dense;
+  dense.find(gemm);
+  const int rows = dense.count > 0 ? gemm.plan[kPlanPlaced] : 0;
+  const int units = rank_tiles(dense.most_padded) * kTileDepth / kUnit;
+  const int slot_runs = runs_a_slot(gemm), runs = dense.count * slot_runs * units;
   after_previous();
   let_next_begin();
-  if (blockIdx.x == gridDim.x - 1) write_cuts(gemm, slots, dense);
+  if (blockIdx.x == gridDim.x - 1) write_cuts(gemm, dense);
   for (int item = blockIdx.x; item < rows + ceil_div(runs, kWarps); item += gridDim.x) {
     const int index = (item - rows) * kWarps + static_cast<int>(threadIdx.x) / 32;
     if (item < rows) {
       write_x(gemm, input, item);
     } else if (index < runs) {
       const Run run = run_at(gemm, index, units, slot_runs);
-      unpack_run(gemm, run, slots[run.dense]);
+      const int padded = dense.padded[run.dense * gemm.slice_count + run.slice];
+      if (run.unit * kUnit < rank_tiles(padded) * kTileDepth) {
+        unpack_run(gemm, run, dense.slots[run.dense]);
+      }
     }
   }
 }
 
-__global__ void __launch_bounds__(kRowThreads) h_kernel(const __grid_constant__ Gemm gemm) {
-  constexpr int kKept = ceil_div((DW_MAX_RANK + 16 * DW_MAX_BANDS) / 8, kRowThreads);
+__global__ void __launch_bounds__(kThreads, 5) h_kernel(const __grid_constant__ Gemm gemm) {
+  constexpr int kKept = ceil_div((DW_MAX_RANK + 16 * DW_MAX_BANDS) / 4, kThreads);
   const int order = blockIdx.x, slice = blockIdx.y;
   after_previous();
   let_next_begin();
@@ -234,36 +250,28 @@ __global__ void __launch_bounds__(kRowThreads) h_kernel(const __grid_constant__ 
   if (image_row < 0) return;
   const int4 chunk = dense_chunk(gemm, image_row / kTileRows);
   const int padded = padded_ranks(directory_row(gemm, gemm.slices[slice].projection, chunk.x));
-  const int octets = padded / 8, parts = parts_of(gemm, slice, chunk.w);
-  float kept[kKept][8] = {};
+  const int parts = parts_of(gemm, slice, chunk.w);
+  float4 kept[kKept] = {};
   float largest = 0.f;
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
-    const int octet = threadIdx.x + i * kRowThreads;
-    if (octet >= octets) break;
-    for (int part = 0; part < parts; ++part) {
-      const float* from = h_row(gemm, part, slice, order) + 8 * octet;
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float4 v = __ldcg(reinterpret_cast<const float4*>(from) + half);
-        kept[i][4 * half] += v.x;
-        kept[i][4 * half + 1] += v.y;
-        kept[i][4 * half + 2] += v.z;
-        kept[i][4 * half + 3] += v.w;
-      }
-    }
-#pragma unroll
-    for (int k = 0; k < 8; ++k) largest = fmaxf(largest, fabsf(kept[i][k]));
+    const int quad = threadIdx.x + i * kThreads;
+    if (4 * quad >= padded) break;
+    kept[i] = h_quad(gemm, slice, order, quad, parts);
+    largest = fmaxf(largest, largest_of(kept[i]));
   }
   const float scale = normalizer<7>(block_max(largest));
   const int64_t place = static_cast<int64_t>(slice) * gemm.token_count + order;
   if (threadIdx.x == 0) gemm.h_scale[place] = gemm.image_scale[order] / scale;
-  unsigned char* image = h_image(gemm, slice);
 #pragma unroll
   for (int i = 0; i < kKept; ++i) {
-    const int octet = threadIdx.x + i * kRowThreads;
-    if (octet >= rank_tiles(padded) * kTileDepth / 8) break;
-    *octet_at(image, gemm.rank_tiles, image_row, octet) = to_halves(kept[i], scale);
+    const int quad = threadIdx.x + i * kThreads;
+    if (4 * quad >= rank_tiles(padded) * kTileDepth) break;  // zeros behind the last rank
+    uint4* octet = octet_at(h_image(gemm, slice), gemm.rank_tiles, image_row, quad / 2);
+    const float4 v = kept[i];
+    reinterpret_cast<uint2*>(octet)[quad % 2] =
+        make_uint2(bits_of(__floats2half2_rn(v.x * scale, v.y * scale)),
+                   bits_of(__floats2half2_rn(v.z * scale, v.w * scale)));
   }
 }
 
@@ -281,8 +289,8 @@ cudaError_t launch_operands(const dw_gemm& args, const Gemm& gemm, cudaStream_t 
 }
 
 cudaError_t launch_h_image(const Gemm& gemm, cudaStream_t stream) {
-  return launch_dependent(h_kernel, dim3(gemm.token_count, gemm.slice_count), kRowThreads, 0,
-                          stream, gemm);
+  return launch_dependent(h_kernel, dim3(gemm.token_count, gemm.slice_count), kThreads, 0, stream,
+                          gemm);
 }
 
 }  // namespace prefill

@@ -7,7 +7,7 @@
 //
 // Four kB written for 0.5 to 2 read. Of V^ a lane has eight neighbouring features, one vector of
 // its image, eight times; of U^ four ranks of 16 outputs, half a vector each, and four lanes' are a
-// whole sector.
+// whole sector. A lane asks for the codes of up to four groups at once.
 #ifndef DELTAWEAVE_SRC_PREFILL_UNPACK_CUH_
 #define DELTAWEAVE_SRC_PREFILL_UNPACK_CUH_
 
@@ -50,76 +50,105 @@ struct Place {
   }
 };
 
+// Blocks whose codes a lane asks for before it uses the first.
+DW_HD constexpr int blocks_a_batch(int bits) { return bits <= 4 ? 4 : bits == 8 ? 2 : 1; }
+
+// Groups first .. last - 1 of V^, of which there are `groups`.
 template <int kBits, bool kLevels>
-__device__ __forceinline__ void unpack_v(const Factor& v, int unit, int groups, int group) {
+__device__ __forceinline__ void unpack_v(const Factor& v, int unit, int groups, int first,
+                                         int last) {
+  constexpr int kBatch = blocks_a_batch(kBits);
   const int lane = threadIdx.x % 32, q = lane / 4, c = lane % 4;
   const Place<kBits> place(v.rank, unit, 2 * q);
   const int rank = 2 * q % block_ranks(kBits), ranks = place.ranks;
-  uint4 vectors[2][4] = {};  // of a rank, of a stretch of 32 features
-  if (rank < ranks) {
-    const unsigned char* block =
-        v.from + static_cast<int64_t>(place.block) * groups * whole_block_bytes(kBits) +
-        static_cast<int64_t>(group) * v_block_bytes(kBits, ranks);
-    uint32_t words[2 * kBits];
-    load_words<kBits>(words, block, 2 * rank + c, 4 * ceil_div(ranks, 2));
-    uint2 grid = make_uint2(0, 0);
-    if constexpr (kBits != 16) {
-      grid = *reinterpret_cast<const uint2*>(block + v_code_bytes(kBits, ranks) + 4 * rank);
-    }
+  const int bytes = v_block_bytes(kBits, ranks);
+  const unsigned char* blocks =
+      v.from + static_cast<int64_t>(place.block) * groups * whole_block_bytes(kBits);
+  unsigned char* to[2][2];  // of a rank, of the odd 32 features; of the first group
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const __half2 entry = pair_of(i == 0 ? grid.x : grid.y);
-      const __half2 scale = __low2half2(entry), zero = __high2half2(entry);
+  for (int i = 0; i < 4; ++i) {
+    to[i / 2][i % 2] = reinterpret_cast<unsigned char*>(octet_at(
+        v.image, v.depth_tiles, v.first_row + kUnit * unit + 2 * q + i / 2, 4 * (i % 2) + c));
+  }
+#pragma unroll 1
+  for (int group = first; group < last; group += kBatch) {
+    uint32_t words[kBatch][2 * kBits] = {};
+    uint2 grid[kBatch] = {};
 #pragma unroll
-      for (int k = 0; k < 4; ++k) {
-        const auto pair = [&](int f, int r) {
-          return weight<kBits, kLevels>(words, 4 * f + 2 * r + i, v.levels, scale, zero);
-        };
-        vectors[i][k] =
-            make_uint4(pair(2 * k, 0), pair(2 * k, 1), pair(2 * k + 1, 0), pair(2 * k + 1, 1));
+    for (int b = 0; b < kBatch; ++b) {
+      if (rank >= ranks || group + b >= last) continue;  // zeros
+      const unsigned char* block = blocks + static_cast<int64_t>(group + b) * bytes;
+      load_words<kBits>(words[b], block, 2 * rank + c, 4 * ceil_div(ranks, 2));
+      if constexpr (kBits != 16) {
+        grid[b] = *reinterpret_cast<const uint2*>(block + v_code_bytes(kBits, ranks) + 4 * rank);
       }
     }
-  }
-  const int row = v.first_row + kUnit * unit + 2 * q;
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
+    for (int b = 0; b < kBatch; ++b) {
+      if (group + b >= last) break;
 #pragma unroll
-    for (int k = 0; k < 4; ++k) {
-      *octet_at(v.image, v.depth_tiles, row + i, kGroup / 8 * group + 4 * k + c) = vectors[i][k];
+      for (int i = 0; i < 2; ++i) {
+        const __half2 entry = pair_of(i == 0 ? grid[b].x : grid[b].y);
+        const __half2 scale = __low2half2(entry), zero = __high2half2(entry);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+          const auto pair = [&](int f, int r) {
+            return weight<kBits, kLevels>(words[b], 4 * (2 * k + f) + 2 * r + i, v.levels, scale,
+                                          zero);
+          };
+          unsigned char* at = to[i][k % 2] + static_cast<int64_t>(2 * (group + b)) * kTileBytes;
+          *reinterpret_cast<uint4*>(at + k / 2 * kTileBytes) =
+              make_uint4(pair(0, 0), pair(0, 1), pair(1, 0), pair(1, 1));
+        }
+      }
     }
   }
 }
 
+// Groups first .. last - 1 of U^.
 template <int kBits, bool kLevels>
-__device__ __forceinline__ void unpack_u(const Factor& u, int unit, int group) {
+__device__ __forceinline__ void unpack_u(const Factor& u, int unit, int first, int last) {
+  constexpr int kBatch = blocks_a_batch(kBits);
   const int lane = threadIdx.x % 32, q = lane / 4, c = lane % 4;
   const Place<kBits> place(u.rank, unit, 4 * c);
-  const int rank = 4 * c % block_ranks(kBits), ranks = place.ranks;
-  uint2 vectors[16] = {};  // of an output
-  if (rank < ranks) {
-    const int quads = ceil_div(ranks, 4);
-    const unsigned char* block = u.from +
-                                 static_cast<int64_t>(group) * u_group_bytes(kBits, u.rank) +
-                                 static_cast<int64_t>(place.block) * whole_block_bytes(kBits);
-    uint32_t words[2 * kBits];
-    load_words<kBits>(words, block, q * quads + rank / 4, 8 * quads);
-    uint4 grid = make_uint4(0, 0, 0, 0);
-    if constexpr (kBits != 16) {
-      grid = *reinterpret_cast<const uint4*>(block + u_code_bytes(kBits, ranks) + 4 * rank);
-    }
+  const int rank = 4 * c % block_ranks(kBits), ranks = place.ranks, quads = ceil_div(ranks, 4);
+  const int group_bytes = u_group_bytes(kBits, u.rank);
+  const unsigned char* blocks =
+      u.from + static_cast<int64_t>(place.block) * whole_block_bytes(kBits);
+  unsigned char* to[2][2];  // outputs k of 16, k / 8 and k % 2; the others' rows follow by eights
 #pragma unroll
-    for (int k = 0; k < 16; ++k) {
-      const int j = 4 * (k / 2) + k % 2;
-      vectors[k] = make_uint2(
-          weight<kBits, kLevels>(words, j, u.levels, pair_of(grid.x), pair_of(grid.z)),
-          weight<kBits, kLevels>(words, j + 2, u.levels, pair_of(grid.y), pair_of(grid.w)));
-    }
+  for (int i = 0; i < 4; ++i) {
+    const int row = output_place(16 * q + i / 2 * 8 + i % 2);
+    const int octet = (u.first_row + kUnit * unit) / 8 + c / 2;
+    uint4* at = octet_at(u.image, u.depth_tiles, row, octet);
+    to[i / 2][i % 2] = reinterpret_cast<unsigned char*>(at) + c % 2 * 8;
   }
-  const int octet = (u.first_row + kUnit * unit) / 8 + c / 2;
+#pragma unroll 1
+  for (int group = first; group < last; group += kBatch) {
+    uint32_t words[kBatch][2 * kBits] = {};
+    uint4 grid[kBatch] = {};
 #pragma unroll
-  for (int k = 0; k < 16; ++k) {
-    uint4* to = octet_at(u.image, u.depth_tiles, kGroup * group + output_place(16 * q + k), octet);
-    reinterpret_cast<uint2*>(to)[c % 2] = vectors[k];
+    for (int b = 0; b < kBatch; ++b) {
+      if (rank >= ranks || group + b >= last) continue;  // zeros
+      const unsigned char* block = blocks + static_cast<int64_t>(group + b) * group_bytes;
+      load_words<kBits>(words[b], block, q * quads + rank / 4, 8 * quads);
+      if constexpr (kBits != 16) {
+        grid[b] = *reinterpret_cast<const uint4*>(block + u_code_bytes(kBits, ranks) + 4 * rank);
+      }
+    }
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      if (group + b >= last) break;
+      const int64_t tile = static_cast<int64_t>(group + b) * u.depth_tiles * kTileBytes;
+#pragma unroll
+      for (int k = 0; k < 16; ++k) {
+        const int j = 4 * (k / 2) + k % 2;
+        const uint4& entry = grid[b];
+        *reinterpret_cast<uint2*>(to[k / 8][k % 2] + tile + k % 8 / 2 * 8 * 128) = make_uint2(
+            weight<kBits, kLevels>(words[b], j, u.levels, pair_of(entry.x), pair_of(entry.z)),
+            weight<kBits, kLevels>(words[b], j + 2, u.levels, pair_of(entry.y), pair_of(entry.w)));
+      }
+    }
   }
 }
 

@@ -58,12 +58,13 @@ __device__ __forceinline__ float* h_row(const Gemm& gemm, int tile, int slice, i
   return gemm.h + (rows + order) * gemm.ranks;
 }
 
-// Four ranks of h, the tiles' sum.
-__device__ __forceinline__ float4 h_quad(const Gemm& gemm, int slice, int order, int quad) {
+// Four ranks of h, the sum of the tiles of in_features.
+__device__ __forceinline__ float4 h_quad(const Gemm& gemm, int slice, int order, int quad,
+                                         int tiles) {
   const int64_t stride = static_cast<int64_t>(gemm.slice_count) * gemm.token_count * gemm.ranks;
   const float* from = h_row(gemm, 0, slice, order) + 4 * quad;
   float4 sum = __ldcg(reinterpret_cast<const float4*>(from));
-  for (int tile = 1; tile < gemm.tiles; ++tile) {
+  for (int tile = 1; tile < tiles; ++tile) {
     const float4 more = __ldcg(reinterpret_cast<const float4*>(from + tile * stride));
     sum.x += more.x;
     sum.y += more.y;
