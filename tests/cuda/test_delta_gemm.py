@@ -166,6 +166,14 @@ def test_around_the_least_dense_slot(gpu_library, tokens):
     check(gpu_library, Case(tokens=len(slots), slots=slots, chunk=128, outs=(300, 77)))
 
 
+@pytest.mark.parametrize("tokens", [2 * DENSE + 44, 5 * DENSE])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_one_dense_slot(gpu_library, tokens, dtype):
+    """An odd number of tiles of one slot, beside two few-token ones."""
+    slots = [1] * tokens + [0, 0, 2]
+    check(gpu_library, Case(tokens=len(slots), slots=slots, chunk=128, outs=(300, 77), dtype=dtype))
+
+
 def test_most_tokens(gpu_library):
     """2048 tokens of dense and other slots, with tiles of 256 outputs on some GPUs."""
     slots = np.repeat([0, 1, 2, 3, -1], [900, 128, 127, 600, 293])
