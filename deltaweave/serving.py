@@ -17,7 +17,7 @@ from deltaweave.generation import PieceStreamer, encode_prompt
 from deltaweave.models import load_checkpoint, load_tokenizer, side_files
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, Request, Sampling, attach
 
-__all__ = ["Prompt", "Text", "generate_batch"]
+__all__ = ["Prompt", "Text", "TextStream", "Voice", "generate_batch", "make_request", "require_tenants"]
 
 # Settings of a fine-tune that a batch does not follow, and the values at which they do nothing.
 UNSERVED = {
@@ -73,18 +73,20 @@ class Text:
 
 
 @dataclass(frozen=True)
-class _Voice:
+class Voice:
     """How a tenant, or the base, reads and writes."""
 
     tokenizer: Any
     settings: GenerationConfig
 
     def stop(self) -> frozenset[int]:
+        """Tokens that end its texts."""
         found = self.settings.eos_token_id
         found = self.tokenizer.eos_token_id if found is None else found
         return frozenset([] if found is None else [found] if isinstance(found, int) else found)
 
     def sampling(self, prompt: Prompt) -> Sampling:
+        """How a prompt's tokens are chosen: as it says, else as the tenant's own settings do."""
         own = self.settings
         temperature = prompt.temperature
         if temperature is None:
@@ -136,36 +138,41 @@ def generate_batch(
         DeltaweaveError: another base, an unknown tenant, no usable tokenizer or chat template, an empty prompt, a
             generation setting that batches do not follow.
     """
-    for prompt in prompts:
-        if prompt.tenant is not None and prompt.tenant not in tenants:
-            raise DeltaweaveError(f"no tenant {prompt.tenant!r}; there are {', '.join(sorted(tenants)) or 'none'}")
+    require_tenants(prompts, tenants)
     home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = Checkpoint.open(base)
     model = load_checkpoint(base, dtype or _weight_dtype(checkpoint, home)).to(home)
     arena = Arena.for_model(model, capacity_bytes=arena_bytes or _arena_bytes(tenants), slots=SLOTS)
-    voices: dict[str | None, _Voice] = {}
+    voices: dict[str | None, Voice] = {}
     if any(prompt.tenant is None for prompt in prompts):
-        voices[None] = _Voice(load_tokenizer(base), model.generation_config)
+        voices[None] = Voice(load_tokenizer(base), model.generation_config)
     for name, path in tenants.items():
         with Delta.open(path) as delta, side_files(checkpoint, delta) as folder:
             require_base(checkpoint, delta, accept=accept_base)
             tenant = arena.add(delta, name, accept_base=True)
-            voices[name] = _Voice(load_tokenizer(folder), tenant.generation or model.generation_config)
+            voices[name] = Voice(load_tokenizer(folder), tenant.generation or model.generation_config)
     return _run(model, arena, voices, prompts, max_new_tokens, chat, max_batch, write)
+
+
+def require_tenants(prompts: Sequence[Prompt], tenants: Mapping[str, str | Path]) -> None:
+    """Refuses prompts of unknown tenants."""
+    for prompt in prompts:
+        if prompt.tenant is not None and prompt.tenant not in tenants:
+            raise DeltaweaveError(f"no tenant {prompt.tenant!r}; there are {', '.join(sorted(tenants)) or 'none'}")
 
 
 def _run(
     model: Any,
     arena: Arena,
-    voices: Mapping[str | None, _Voice],
+    voices: Mapping[str | None, Voice],
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     chat: bool,
     max_batch: int,
     write: Callable[[int, str], None] | None,
 ) -> list[Text]:
-    requests = [_request(prompt, voices[prompt.tenant], max_new_tokens, chat) for prompt in prompts]
-    streams = [_Stream(index, voices[prompt.tenant].tokenizer, write) for index, prompt in enumerate(prompts)]
+    requests = [make_request(prompt, voices[prompt.tenant], max_new_tokens, chat) for prompt in prompts]
+    streams = [TextStream(index, voices[prompt.tenant].tokenizer, write) for index, prompt in enumerate(prompts)]
     longest = max((len(request.tokens) for request in requests), default=1) + max_new_tokens
     rows = max(1, min(max_batch, len(prompts)))
     with attach(model, arena) as attachment, Decoder(model, attachment, max_batch=rows, max_length=longest) as decoder:
@@ -176,10 +183,11 @@ def _run(
     ]
 
 
-class _Stream:
+class TextStream:
     """The text of one prompt as its tokens come."""
 
     def __init__(self, index: int, tokenizer: Any, write: Callable[[int, str], None] | None) -> None:
+        """`write` is handed (index, piece)."""
         self._pieces: list[str] = []
 
         def collect(piece: str) -> None:
@@ -190,6 +198,7 @@ class _Stream:
         self._streamer = PieceStreamer(tokenizer, collect, skip_prompt=False)
 
     def put(self, token: int) -> None:
+        """Another token."""
         self._streamer.put(torch.tensor([token]))
 
     def end(self) -> str:
@@ -198,7 +207,12 @@ class _Stream:
         return "".join(self._pieces)
 
 
-def _request(prompt: Prompt, voice: _Voice, max_new_tokens: int, chat: bool) -> Request:
+def make_request(prompt: Prompt, voice: Voice, max_new_tokens: int, chat: bool) -> Request:
+    """What a host is asked for a prompt.
+
+    Raises:
+        DeltaweaveError: a generation setting that batches do not follow, no chat template, an empty prompt.
+    """
     for name, neutral in UNSERVED.items():
         value = getattr(voice.settings, name, None)
         if value is not None and value != neutral:

@@ -12,16 +12,21 @@ from typing import Annotated
 
 import typer
 
+from deltaweave.engine_text import generate_with_engine
 from deltaweave.generation import generate
 from deltaweave.serving import Prompt, Text, generate_batch
 
-__all__ = ["generate_command"]
+__all__ = ["generate_command", "named_tenants"]
 
 
 def generate_command(
-    base: Annotated[Path, typer.Option(help="Hugging Face folder of the base.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; with --tenant, NAME=TEXT, any number of times.")],
     delta: Annotated[Path | None, typer.Argument(help="Delta file, for one fine-tune.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Hugging Face folder of the base.")] = None,
+    engine: Annotated[
+        Path | None,
+        typer.Option(help="Engine folder that `deltaweave build` wrote, in the base's place; with --tenant."),
+    ] = None,
     tenant: Annotated[
         list[str] | None, typer.Option(help="NAME=FILE, a fine-tune to serve beside others; once for each.")
     ] = None,
@@ -39,13 +44,32 @@ def generate_command(
 
     Example: deltaweave generate wizardmath.safetensors --base Llama-2-7b-hf --chat --prompt "What is 17 * 23?"
 
+    Example: deltaweave generate --engine llama.engine --tenant math=wizardmath.safetensors --prompt "math=17 * 23 ="
+
     Example: deltaweave generate --base Llama-2-7b-hf --tenant math=wizardmath.safetensors --tenant code=c.safetensors
     --prompt "math=What is 17 * 23?" --prompt "code=def primes(n):" --prompt "base=Once upon a time"
     """
+    if (base is None) == (engine is None):
+        raise typer.BadParameter("give --base or --engine")
+    if engine is not None:
+        if delta is not None:
+            raise typer.BadParameter("--engine takes fine-tunes as --tenant NAME=FILE")
+        tenants = named_tenants(tenant)
+        texts = generate_with_engine(
+            engine,
+            tenants,
+            [_prompt(text, tenants, temperature, seed) for text in prompt],
+            max_new_tokens=max_new_tokens,
+            chat=chat,
+            accept_base=accept_base,
+        )
+        _print_texts(texts, as_json)
+        return
+    assert base is not None
     if (delta is None) == (not tenant):
         raise typer.BadParameter("give a delta file, or --tenant NAME=FILE for each of several")
     if delta is None:
-        tenants = dict(_named("--tenant", text) for text in tenant or [])
+        tenants = named_tenants(tenant)
         texts = generate_batch(
             base,
             tenants,
@@ -72,6 +96,21 @@ def generate_command(
         write=None if as_json else _write,
     )
     _write(json.dumps({"prompt": prompt[0], "text": text}, ensure_ascii=False) + "\n" if as_json else "\n")
+
+
+def named_tenants(options: Sequence[str] | None) -> dict[str, str]:
+    """Files by name, from NAME=FILE options.
+
+    Raises:
+        typer.BadParameter: an option of another form, or a name given twice.
+    """
+    tenants: dict[str, str] = {}
+    for text in options or []:
+        name, file = _named("--tenant", text)
+        if name in tenants:
+            raise typer.BadParameter(f"--tenant {text!r}: {name!r} is {tenants[name]} already")
+        tenants[name] = file
+    return tenants
 
 
 def _prompt(text: str, tenants: dict[str, str], temperature: float | None, seed: int) -> Prompt:

@@ -56,7 +56,10 @@ def compute_capability() -> str:
         EngineError: there is no GPU, or no driver.
     """
     attribute = _runtime().cudaDeviceAttr
-    device = _call("cudaGetDevice")
+    try:
+        device = _call("cudaGetDevice")
+    except EngineError as error:
+        raise EngineError(f"an engine needs an NVIDIA GPU ({error})") from error
     major = _call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMajor, device)
     minor = _call("cudaDeviceGetAttribute", attribute.cudaDevAttrComputeCapabilityMinor, device)
     return f"{major}.{minor}"
