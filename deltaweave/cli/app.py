@@ -14,6 +14,8 @@ import typer
 
 from deltaweave import __version__
 from deltaweave.cli.apply import apply_command
+from deltaweave.cli.bench import bench_command
+from deltaweave.cli.build import BUILD_EXAMPLES, build_command
 from deltaweave.cli.compare import compare_command
 from deltaweave.cli.compress import COMPRESS_EXAMPLES, compress_command
 from deltaweave.cli.generate import generate_command
@@ -42,6 +44,8 @@ app.command("verify")(verify_command)
 app.command("apply")(apply_command)
 app.command("generate")(generate_command)
 app.command("compare")(compare_command)
+app.command("bench")(bench_command)
+app.command("build", epilog=BUILD_EXAMPLES)(build_command)
 app.command("validate", epilog=VALIDATE_EXAMPLES)(validate_command)
 
 
