@@ -110,8 +110,9 @@ constexpr int kPrefillTokens = 128;
 DW_HD int default_chunk(int tokens) { return tokens <= 256 ? kDecodeTokens : kPrefillTokens; }
 
 // In prefill a slot with at least so many tokens is dense: its factors are unpacked to 16 bits
-// first. That takes a whole tenant's factors written and read, what about 25 tokens take in decode,
-// and space for all of them, which a higher threshold bounds. By the slot's own tokens alone.
+// first. Of a Llama-2-7B that takes as long as decode takes for about 50 tokens, and needs space
+// for the slot's factors (90 MB for gate and up), which a higher threshold bounds. By the slot's
+// own tokens alone.
 constexpr int kDenseTokens = 128;
 DW_HD int most_dense_slots(int tokens, int slots) {
   return tokens / kDenseTokens < slots ? tokens / kDenseTokens : slots;

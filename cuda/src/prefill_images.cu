@@ -5,9 +5,8 @@
 //                 image_scale float [tokens in plan order] undoes the power of two of bf16 rows,
 //                 times the token's weight
 //              V^, U^ packed -> fp16 images, of every dense slot and slice
-//   h_image    h  float [parts, slices, tokens in plan order, ranks] -> its parts' sum as fp16
-//   image
-//                 [token tiles, ranks] a slice, times a power of two a token that brings the
+//   h_image    h  float [parts, slices, tokens in plan order, ranks] -> the sum of its parts, fp16
+//                 image [token tiles, ranks] a slice, times a power of two a token that brings the
 //                 largest to 2^7; h_scale float [slices, tokens] undoes it and x's
 //
 // Roofline: bytes. Of a Llama-2-7B a tenant's 0.87 GB are read and 6.4 GB written, 1.7 ms at 4.3
