@@ -172,6 +172,8 @@ class TestCommand:
             (["d.safetensors", "--tenant", "a=b", "--prompt", "x"], "give a delta file, or --tenant"),
             (["d.safetensors", "--prompt", "x", "--prompt", "y"], "2 times --prompt"),
             (["--tenant", "a", "--prompt", "a=x"], "--tenant 'a': expected NAME="),
+            (["--tenant", "a=b", "--tenant", "a=c", "--prompt", "a=x"], "'a' is b already"),
+            (["--engine", "e", "--tenant", "a=b", "--prompt", "a=x"], "give --base or --engine"),
             (["--tenant", "a=b", "--prompt", "c=x"], "no --tenant 'c'"),
             (["--tenant", "a=b", "--prompt", "x"], "expected NAME="),
         ],
