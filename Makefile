@@ -8,7 +8,7 @@ DEMO := demo
 HEADERS := build/tensorrt-headers
 MODELS := .models
 
-.PHONY: help setup demo test test-slow lint types examples models kernels clean
+.PHONY: help setup demo test test-slow lint types examples models kernels engine-example clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' Makefile | expand -t 12
@@ -47,7 +47,7 @@ examples: $(READY)  ## run the examples
 lint: $(READY)  ## style and spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run --Werror cuda/src/* cuda/include/* runtime_plugin/trt/plugin/*.h runtime_plugin/trt/plugin/*.cc
+	@$(BIN)/clang-format --dry-run --Werror cuda/src/* cuda/include/* runtime_plugin/trt/plugin/*.h runtime_plugin/trt/plugin/*.cc examples/engine_cpp/*.cc
 	@$(BIN)/codespell
 
 # mypy knows packages by their path, so the rooms are shown to it where they live inside the package.
@@ -59,6 +59,9 @@ types: $(READY)  ## types
 
 kernels:  ## libdeltaweave with kernels for sm_80, sm_89, sm_90 and sm_120, in build/cuda (needs nvcc; minutes)
 	@cmake --preset cuda && cmake --build build/cuda --parallel 2
+
+engine-example: $(READY)  ## compile the C++ example of an engine (needs the CUDA toolkit)
+	@cmake -S examples/engine_cpp -B build/engine_cpp -DTENSORRT_ROOT=$(CURDIR)/$(HEADERS) && cmake --build build/engine_cpp
 
 clean:  ## remove everything that was made here
 	rm -rf $(VENV) build $(DEMO) $(MODELS) .pytest_cache .mypy_cache .ruff_cache .hypothesis
