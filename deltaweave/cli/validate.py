@@ -24,6 +24,8 @@ VALIDATE_EXAMPLES = """
 Example: deltaweave validate math.safetensors --base B --tuned T --prompts prompts.jsonl --thresholds limits.yaml
 
 Example: deltaweave validate math.safetensors --base B --tuned T --prompts prompts.jsonl --host arena --report v.html
+
+Example: deltaweave validate math.safetensors --engine E --tuned T --prompts prompts.jsonl --thresholds limits.yaml
 """
 
 _Reference = StrEnum("_Reference", {"float16": "float16", "float32": "float32"})
@@ -33,18 +35,20 @@ _Host = StrEnum("_Host", {"attach": "attach", "arena": "arena"})
 
 def validate_command(
     delta: Annotated[Path, typer.Argument(help="Delta file.")],
-    base: Annotated[Path, typer.Option(help="Hugging Face folder of the base.")],
     tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the fine-tune, the reference.")],
     prompts: Annotated[Path, typer.Option(help="JSONL of prompt and, if wanted, answer.")],
+    base: Annotated[Path | None, typer.Option(help="Hugging Face folder of the base, for PyTorch.")] = None,
+    engine: Annotated[Path | None, typer.Option(help="TensorRT engine folder, instead of --base.")] = None,
     thresholds: Annotated[Path | None, typer.Option(help="YAML file of limits; exit status 1 if one breaks.")] = None,
     reference: Annotated[
         list[_Reference] | None,
         typer.Option(help="The fine-tune's dtype; may be repeated. [default: the thresholds' ones, or both]"),
     ] = None,
-    dtype: Annotated[_Dtype, typer.Option(help="Of base + delta.")] = _Dtype.float16,
+    dtype: Annotated[_Dtype | None, typer.Option(help="Of base + delta in PyTorch. [default: float16]")] = None,
     host: Annotated[
-        _Host, typer.Option(help="attach: the reference op; arena: libdeltaweave, as it is served.")
-    ] = _Host.attach,
+        _Host | None,
+        typer.Option(help="In PyTorch: attach, the reference op (default); arena, libdeltaweave, as it is served."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of greedy decoding, at most.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Prompts, at most. [default: all]")] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the fine-tune's chat template.")] = False,
@@ -58,6 +62,8 @@ def validate_command(
     """Check that base + delta still is the fine-tune, on prompts; exit status 1 if a threshold is broken."""
     if junit is not None and thresholds is None:
         raise typer.BadParameter("--junit needs --thresholds: its test cases are the limits")
+    if (base is None) == (engine is None):
+        raise typer.BadParameter("give --base, or --engine")
     if report is not None:
         require_absent(report, force=force)
     if junit is not None and junit.is_dir():
@@ -66,12 +72,13 @@ def validate_command(
         validation = validate(
             delta,
             base=base,
+            engine=engine,
             tuned=tuned,
             prompts=prompts,
             thresholds=thresholds,
             references=[one.value for one in reference] if reference else None,
-            dtype=dtype.value,
-            host=host.value,
+            dtype=dtype.value if dtype else None,
+            host=host.value if host else None,
             max_new_tokens=max_new_tokens,
             limit=limit,
             chat=chat,

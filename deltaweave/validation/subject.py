@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +14,12 @@ from transformers import PreTrainedModel
 
 from deltaweave.evaluation import complete_tokens
 from deltaweave.formats import DeltaweaveError
+from deltaweave.runtime_plugin.requests import Request
 
-__all__ = ["ModelSubject", "Outputs", "Subject"]
+if TYPE_CHECKING:  # it needs TensorRT's packages
+    from deltaweave.runtime_plugin.trt.engine import Engine
+
+__all__ = ["EngineSubject", "ModelSubject", "Outputs", "Subject"]
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,23 @@ class ModelSubject:
             with self._step(1):
                 found += complete_tokens(self._model, [prompt], most, stop)
         return found
+
+
+class EngineSubject:
+    """A fine-tune in a TensorRT engine."""
+
+    def __init__(self, engine: Engine, tenant: str | None) -> None:
+        """`tenant`: a name that was added to the engine, or None for the base."""
+        self._engine, self._tenant = engine, tenant
+
+    def outputs(self, tokens: Sequence[int]) -> Outputs:
+        """Runs one text, token by token; an engine does not show its layers."""
+        return Outputs(torch.from_numpy(self._engine.logits(list(tokens), self._tenant)), ())
+
+    def greedy(self, prompts: Sequence[Sequence[int]], most: int, stop: Collection[int]) -> list[list[int]]:
+        """Continues all prompts, batched as the engine does it."""
+        requests = [Request(list(prompt), self._tenant, most, frozenset(stop)) for prompt in prompts]
+        return [list(completion.tokens) for completion in self._engine.run(requests)]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from deltaweave.models import load_checkpoint, load_tokenizer
 from deltaweave.runtime_plugin.pytorch import Arena, attach
 from deltaweave.validation.measure import Measurement, measure
 from deltaweave.validation.prompts import Prompt, load_prompts, tokenize
-from deltaweave.validation.subject import ModelSubject, Subject
+from deltaweave.validation.subject import EngineSubject, ModelSubject, Subject
 from deltaweave.validation.thresholds import METRICS, REFERENCES, Check, Reference, Thresholds
 
 __all__ = ["DTYPES", "HOSTS", "Dtype", "Host", "Validation", "validate", "validate_subject"]
@@ -107,13 +107,14 @@ class Validation:
 def validate(
     delta: str | Path,
     *,
-    base: str | Path,
     tuned: str | Path,
     prompts: str | Path,
+    base: str | Path | None = None,
+    engine: str | Path | None = None,
     thresholds: Thresholds | str | Path | None = None,
     references: Sequence[Reference] | None = None,
-    dtype: Dtype = "float16",
-    host: Host = "attach",
+    dtype: Dtype | None = None,
+    host: Host | None = None,
     max_new_tokens: int = 64,
     limit: int | None = None,
     chat: bool = False,
@@ -121,18 +122,20 @@ def validate(
     accept_base: bool = False,
     progress: Progress | None = None,
 ) -> Validation:
-    """Measures base + delta in PyTorch against the fine-tune that the delta was made from.
+    """Measures base + delta, in PyTorch or in an engine, against the fine-tune that the delta was made from.
 
     Args:
         delta: the delta file.
-        base: Hugging Face folder of the base.
         tuned: Hugging Face folder of the fine-tune, the reference.
         prompts: JSONL of `prompt` and, if wanted, `answer`.
+        base: Hugging Face folder of the base, for PyTorch.
+        engine: TensorRT engine folder, instead of `base`.
         thresholds: limits, or the YAML file that has them.
-        references: dtypes of the fine-tune; None for those that the thresholds name, or for both.
-        dtype: of base + delta.
-        host: `attach` computes the delta by the reference op; `arena` by libdeltaweave, as it is served (on a CPU: by
-            plain torch over the arena).
+        references: dtypes of the fine-tune; None for those that the thresholds name, or else for both (float16 for an
+            engine).
+        dtype: of base + delta in PyTorch; None for float16.
+        host: in PyTorch `attach` (None) computes the delta by the reference op, `arena` by libdeltaweave, as it is
+            served (on a CPU: by plain torch over the arena).
         max_new_tokens: of greedy decoding.
         limit: of prompts.
         chat: wrap prompts in the fine-tune's chat template.
@@ -143,23 +146,35 @@ def validate(
     Raises:
         DeltaweaveError: unusable inputs, another base, or a threshold of what is not measured.
     """
+    if (base is None) == (engine is None):
+        raise DeltaweaveError("expected a base folder or an engine folder, and not both")
+    if engine is not None and (dtype or host):
+        raise DeltaweaveError("dtype and host are of PyTorch; an engine has its own")
     limits = _limits(thresholds)  # what is wrong with the small files is told before models are loaded
     load_prompts(prompts, limit)
     place = _device(device)
-    with Delta.open(delta) as opened, _hosted(base, opened, tuned, DTYPES[dtype], place, host, accept_base) as subject:
-        return validate_subject(
-            subject,
-            f"{Path(delta).name} ({host}, {dtype})",
-            tuned=tuned,
-            prompts=prompts,
-            thresholds=limits,
-            references=references,
-            max_new_tokens=max_new_tokens,
-            limit=limit,
-            chat=chat,
-            device=device,
-            progress=progress,
-        )
+    with Delta.open(delta) as opened:
+        if base is not None:
+            name = f"{Path(delta).name} ({host or 'attach'}, {dtype or 'float16'})"
+            hosted = _hosted(base, opened, tuned, DTYPES[dtype or "float16"], place, host or "attach", accept_base)
+        else:
+            assert engine is not None
+            name, hosted = f"{Path(delta).name} ({Path(engine).name})", _engine(engine, opened, accept_base)
+            references = references or (None if limits else REFERENCES[:1])
+        with hosted as subject:
+            return validate_subject(
+                subject,
+                name,
+                tuned=tuned,
+                prompts=prompts,
+                thresholds=limits,
+                references=references,
+                max_new_tokens=max_new_tokens,
+                limit=limit,
+                chat=chat,
+                device=device,
+                progress=progress,
+            )
 
 
 def validate_subject(
@@ -263,6 +278,18 @@ def _hosted(
     arena.add(delta, TENANT, accept_base=True)
     with attach(model, arena) as served:
         yield ModelSubject(model, lambda rows: served.step([TENANT] * rows))
+
+
+@contextmanager
+def _engine(folder: str | Path, delta: Delta, accept_base: bool) -> Iterator[Subject]:
+    """A fine-tune in a TensorRT engine, whose packages are needed here alone."""
+    try:
+        from deltaweave.runtime_plugin.trt.engine import Engine
+    except ImportError as error:
+        raise DeltaweaveError(f"engines need {error.name}: pip install 'deltaweave[tensorrt]'") from error
+    with Engine(folder) as engine:
+        engine.add(delta, TENANT, accept_base=accept_base)
+        yield EngineSubject(engine, TENANT)
 
 
 def _stop_tokens(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:

@@ -3,8 +3,10 @@
 
 import json
 import math
+import sys
 from itertools import zip_longest
 from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -282,6 +284,83 @@ class TestThresholds:
     def test_a_missing_file(self, tmp_path):
         with pytest.raises(DeltaweaveError, match=r"none\.yaml: not readable as YAML"):
             Thresholds.from_yaml(tmp_path / "none.yaml")
+
+
+class FakeEngine:
+    """What `validate` asks of an engine, computed by the dense model; logits as wide as the engine's vocabulary."""
+
+    log: ClassVar[list] = []
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.log.append("closed")
+
+    def add(self, delta, name, *, accept_base):
+        self.log.append((delta.path.name, name, accept_base))
+        self.model = load_tuned(Checkpoint.open(self.folder), delta)
+
+    @torch.no_grad()
+    def logits(self, tokens, tenant):
+        assert tenant == self.log[0][1]
+        logits = self.model(torch.tensor([tokens])).logits[0]
+        return torch.nn.functional.pad(logits, (0, 3), value=-math.inf).numpy()
+
+    def run(self, requests):
+        done = []
+        for request in requests:
+            assert request.tenant == self.log[0][1]
+            assert request.stop == {tiny_tokenizer().eos_token_id}
+            done.append(SimpleNamespace(tokens=plain_greedy(self.model, request.tokens, request.max_new_tokens)))
+        return done
+
+
+class TestEngine:
+    @pytest.fixture
+    def engine(self, monkeypatch):
+        """TensorRT's place taken; whether its packages are there or not."""
+        module = SimpleNamespace(Engine=FakeEngine)
+        monkeypatch.setitem(sys.modules, "deltaweave.runtime_plugin.trt.engine", module)
+        monkeypatch.setattr(FakeEngine, "log", [])
+
+    def run(self, folder, **settings):
+        settings = {"engine": folder / "base", "max_new_tokens": NEW, "device": "cpu", **settings}
+        return validate(
+            folder / "poor.safetensors", tuned=folder / "tuned", prompts=folder / "prompts.jsonl", **settings
+        )
+
+    def test_measures_as_pytorch_does(self, folder, poor, engine):
+        validation = self.run(folder, references=["float32"], accept_base=True)
+        assert FakeEngine.log == [("poor.safetensors", "validated", True), "closed"]
+        assert validation.subject == "poor.safetensors (base)"
+        metrics = validation.metrics("float32")
+        assert metrics.pop("layer_error") is None
+        for name, value in metrics.items():
+            assert value == pytest.approx(poor.metrics("float32")[name], rel=2e-3), name
+
+    def test_is_held_against_float16_if_nothing_is_said(self, folder, engine):
+        assert list(self.run(folder).measurements) == ["float16"]
+        limits = Thresholds.model_validate({"float32": {"kl": 9.0}})
+        assert list(self.run(folder, thresholds=limits).measurements) == ["float32"]
+
+    def test_settings_of_pytorch_are_refused(self, folder, engine):
+        for setting in ({"dtype": "float16"}, {"host": "arena"}):
+            with pytest.raises(DeltaweaveError, match="are of PyTorch"):
+                self.run(folder, **setting)
+
+    def test_one_of_base_and_engine(self, folder, engine):
+        for both in ({}, {"base": folder / "base", "engine": folder / "base"}):
+            with pytest.raises(DeltaweaveError, match="a base folder or an engine folder, and not both"):
+                self.run(folder, **{"engine": None, **both})
+
+    def test_without_tensorrt_it_says_what_to_install(self, folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "deltaweave.runtime_plugin.trt.engine", None)
+        with pytest.raises(DeltaweaveError, match=r"engines need .*: pip install 'deltaweave\[tensorrt\]'"):
+            self.run(folder)
 
 
 class TestInputs:

@@ -95,6 +95,7 @@ def test_without_thresholds_everything_is_told_and_nothing_judged(run, tmp_path)
         (["--thresholds", "nowhere.yaml"], "nowhere.yaml: not readable as YAML"),
         (["--reference", "float16", "--thresholds", "{}/kept.yaml"], "limits against float32"),
         (["--reference", "float64"], "float64"),
+        (["--engine", "e"], "give --base, or --engine"),
     ],
 )
 def test_errors_are_one_line(run, folder, words, message):
