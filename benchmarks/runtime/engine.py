@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, Request, attach
 from deltaweave.runtime_plugin.trt.engine import Engine
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltaweave.engines import EngineOptions, build_engine
 
@@ -100,7 +100,7 @@ def random_llama(layers: int) -> Any:
     config = LlamaConfig(num_hidden_layers=layers)
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = LlamaForCausalLM._from_config(config, dtype=torch.float16)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
     return model.eval()
 
 
