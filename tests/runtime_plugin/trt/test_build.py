@@ -250,3 +250,60 @@ def test_fields_are_checked():
         "none|deltaweave: DeltaweaveRmsNorm: field epsilon has type 5, expected FLOAT32 or FLOAT64",
         "made|",
     ]
+
+
+GRAPHS = """
+import sys
+from pathlib import Path
+import onnx
+from deltaweave.converter.export import ExportOptions, export_decoder
+from deltaweave.formats import DeltaweaveError
+from deltaweave.runtime_plugin.trt.backend import load_backend
+from deltaweave.runtime_plugin.trt.builder import build_plan
+from deltaweave.runtime_plugin.trt.manifest import Capacities, GraphInfo
+base, folder = sys.argv[1:]
+graph = GraphInfo.model_validate(export_decoder(base, folder, ExportOptions(max_sequence=64, slots=4)).model_dump())
+path = Path(folder) / "model.onnx"
+content = path.read_bytes()
+sizes = Capacities(max_batch=2, max_tokens=8, arena_bytes=1 << 20)
+def node(model, op):
+    return next(node for node in model.graph.node if node.op_type == op)
+def unknown_parameter(model):
+    next(each for each in node(model, "DeltaweaveDeltaGemm").attribute if each.name == "parameters").ints[0] = 999
+def no_epsilon(model):
+    attributes = node(model, "DeltaweaveRmsNorm").attribute
+    attributes.remove(next(each for each in attributes if each.name == "epsilon"))
+def plan_as_slots(model):
+    node(model, "DeltaweaveEmbed").input[2] = node(model, "DeltaweavePlan").output[0]
+def float_activations(model):
+    norm = node(model, "DeltaweaveRmsNorm")
+    place = list(model.graph.node).index(norm)
+    cast = onnx.helper.make_node("Cast", [norm.input[0]], ["widened"], to=onnx.TensorProto.FLOAT)
+    norm.input[0] = "widened"
+    model.graph.node.insert(place, cast)
+for edit in (unknown_parameter, no_epsilon, plan_as_slots, float_activations):
+    model = onnx.load_model_from_string(content)
+    edit(model)
+    path.write_bytes(model.SerializeToString())
+    try:
+        build_plan(load_backend(), path, graph, sizes, capability="8.9")
+        print("built")
+    except DeltaweaveError as error:
+        print(error)
+"""
+
+
+def test_graphs_that_do_not_fit_are_errors_with_our_message(base, tmp_path):
+    words = [sys.executable, "-c", GRAPHS, str(base), str(tmp_path)]
+    result = subprocess.run(words, capture_output=True, text=True, timeout=240, check=False)
+    assert result.returncode == 0, result.stderr
+    said = result.stdout.splitlines()
+    expected = [
+        "DeltaweaveDeltaGemm: parameter 999, the directory has 21",
+        "DeltaweaveRmsNorm: field epsilon is missing",
+        "DeltaweaveEmbed: ids of shape [1, 8] for",
+        "DeltaweaveRmsNorm: input 0 has data type 0",
+    ]
+    assert len(said) == len(expected), said
+    for line, part in zip(said, expected, strict=True):
+        assert part in line, said
