@@ -17,9 +17,10 @@ setup: $(READY)  ## install deltaweave and its tools into .venv
 
 # TensorRT's public headers, for the plugin: a package that has them, unpacked and never committed.
 $(HEADERS)/include/NvInferRuntime.h:
-	@mkdir -p $(HEADERS) && $(PYTHON) -m pip download --quiet --no-deps --dest $(HEADERS) kernel-lens==2.0.1 2>/dev/null && \
-	  $(PYTHON) -m zipfile -e $(HEADERS)/*.whl $(HEADERS) && ln -sfn kernel_lens/include/tensorrt $(HEADERS)/include || \
-	  echo "TensorRT's headers cannot be had: its plugin is not built"
+	@mkdir -p $(HEADERS)
+	@if $(PYTHON) -m pip download --quiet --retries 5 --no-deps --dest $(HEADERS) kernel-lens==2.0.1; then \
+	  $(PYTHON) -m zipfile -e $(HEADERS)/*.whl $(HEADERS) && ln -sfn kernel_lens/include/tensorrt $(HEADERS)/include; \
+	else echo "TensorRT's headers cannot be had (above): its plugin is not built"; fi
 
 $(READY): pyproject.toml constraints.txt CMakeLists.txt | $(HEADERS)/include/NvInferRuntime.h
 	@$(PYTHON) -c 'import sys; sys.exit("deltaweave needs Python 3.11 or newer, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libdeltaweave for hosts under test: the one of DELTAWEAVE_LIBRARY, or its host logic alone, built here by CMake."""
+"""libdeltaweave and the TensorRT plugin under test: those of DELTAWEAVE_LIBRARY, or ones without kernels, built here."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ def native(tmp_path_factory: pytest.TempPathFactory) -> None:
     if not (shutil.which("cmake") and shutil.which("c++")):
         pytest.skip("needs cmake and a C++ compiler")
     build = tmp_path_factory.mktemp("native")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DDELTAWEAVE_HOST=ON"]
+    # In one folder, because the plugin is looked for beside the library.
+    output = f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={build}"
+    headers = f"-DTENSORRT_ROOT={os.environ.get('TENSORRT_ROOT', ROOT / 'build' / 'tensorrt-headers')}"
+    configure = ["cmake", "-S", str(ROOT), "-B", str(build / "build"), "-DDELTAWEAVE_HOST=ON", output, headers]
     subprocess.run(configure, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
-    os.environ["DELTAWEAVE_LIBRARY"] = str(build / "cuda" / "libdeltaweave.so")
+    subprocess.run(["cmake", "--build", str(build / "build"), "--parallel", "2"], check=True, capture_output=True)
+    os.environ["DELTAWEAVE_LIBRARY"] = str(build / "libdeltaweave.so")

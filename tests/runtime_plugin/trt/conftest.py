@@ -11,7 +11,7 @@ from deltaweave.runtime_plugin.trt.backend import MODULES, find_plugin
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tensorrt():
+def tensorrt(native: None) -> None:
     """Skips where the plugin was not built or TensorRT is not installed; CI has both, so there it fails."""
     missing = "the TensorRT plugin was not built" if find_plugin() is None else None
     if not any(find_spec(name) for name in MODULES):
