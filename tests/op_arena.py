@@ -18,6 +18,7 @@ from deltaweave.runtime_plugin.records import Content, ServedRecord
 __all__ = [
     "BIAS",
     "EMBEDDING",
+    "GATE",
     "HEAD",
     "IN",
     "LINEAR",
@@ -37,7 +38,7 @@ __all__ = [
 ]
 
 IN, OUTS, SPARE = 200, (136, 72), 90
-LINEAR, OTHER, EMBEDDING, HEAD, NORM, BIAS = range(6)
+LINEAR, OTHER, EMBEDDING, HEAD, NORM, BIAS, GATE = range(7)
 PARAMETERS = [
     Parameter(ParameterKind.LINEAR, IN, OUTS[0]),
     Parameter(ParameterKind.LINEAR, IN, OUTS[1]),
@@ -45,6 +46,7 @@ PARAMETERS = [
     Parameter(ParameterKind.LINEAR, IN, SPARE),
     Parameter(ParameterKind.VECTOR, IN, 1),
     Parameter(ParameterKind.VECTOR, OUTS[0], 1),
+    Parameter(ParameterKind.GATE, IN, 1),
 ]
 SLOTS = 3
 MAX_RANK = 256
@@ -119,6 +121,10 @@ class OpArena:
             parameters=PARAMETERS,
             max_rank=MAX_RANK,
         )
+
+    def reserve(self, shapes: Sequence[library.Record]) -> int:
+        """Takes a slot for records that are never filled."""
+        return self._book.reserve(shapes)
 
     def add(self, records: Mapping[int, Content | torch.Tensor]) -> int:
         """Makes records, by parameter, a tenant; its slot."""

@@ -8,6 +8,13 @@
  *   embedding  dense low-bit rows added to the base's, or rows that replace them
  *   vector     values that replace a norm weight or a bias
  *
+ * or, of a fusion of k experts, instead:
+ *
+ *   linear     y += sum_e w[e] scale_e B_e (A_e x) with A_e [rank_e, in_features] and B_e
+ *              [out_features, rank_e] in 16 bits
+ *   gate       of a decoder block, w = softmax(W x / temperature) + b with W [k, in_features], x
+ * the block's input; or the same w for every token
+ *
  * A runtime holds many tenants in one device buffer, the arena, and finds them through the
  * directory, a device tensor int64 [parameter, slot, DW_DIRECTORY_FIELDS].
  *
@@ -32,9 +39,10 @@ extern "C" {
 #define DW_API
 #endif
 
-#define DW_ABI_VERSION 3
+#define DW_ABI_VERSION 4
 
 #define DW_MAX_BANDS 8
+#define DW_MAX_EXPERTS 8 /* of a fusion */
 #define DW_MAX_SLICES 4
 #define DW_MAX_TOKENS 2048
 #define DW_MAX_RANK 4096
@@ -68,6 +76,7 @@ typedef enum dw_parameter_kind {
   DW_LINEAR = 0,    /* weight [out_features, in_features] */
   DW_EMBEDDING = 1, /* table [out_features rows, in_features] */
   DW_VECTOR = 2,    /* norm weight or bias [in_features]; out_features is 1 */
+  DW_GATE = 3,      /* a decoder block's gate: in_features is the hidden size, out_features 1 */
 } dw_parameter_kind;
 
 /* A parameter of the base model that tenants may change, or a tensor-parallel shard of it. The
@@ -91,6 +100,8 @@ typedef enum dw_record_kind {
   DW_DENSE = 1,    /* of a linear or embedding: one band of low-bit rows, added to the base's */
   DW_ROWS = 2,     /* of a linear or embedding: fp16 rows that replace the base's */
   DW_VALUES = 3,   /* of a vector: float32 values that replace the base's */
+  DW_LORA = 4,     /* of a linear: the LoRAs of k experts, a 16-bit band each */
+  DW_MIX = 5,      /* of a gate: how k experts are weighed */
 } dw_record_kind;
 
 /* One tenant's record of one parameter. Group sizes are multiples of 128, or 0 for one grid entry a
@@ -98,11 +109,13 @@ typedef enum dw_record_kind {
 typedef struct dw_record {
   int32_t parameter; /* index in the arena's table */
   int32_t kind;      /* dw_record_kind */
-  int32_t rows;      /* DENSE: of the tuned matrix; ROWS: how many are given */
+  int32_t rows;      /* DENSE: of the tuned matrix; ROWS: how many are given; MIX: experts */
   int32_t shares;    /* parameter whose record of the same tenant this one is too (tied embeddings),
                         or -1. All but `parameter` is then ignored, and no bytes are taken */
   int32_t band_count; /* FACTORED: 1 to DW_MAX_BANDS; DENSE: one of 1 to 8 bits, its rank = rows;
-                         ROWS: one of 16 bits, its rank = rows; VALUES: 0 */
+                         ROWS: one of 16 bits, its rank = rows; VALUES: 0; LORA: experts, one band
+                         of 16 bits each, of rank 0 for an expert that leaves the linear alone, not
+                         all; MIX: 1 if it has a gate's weight, 0 if its bias is the weights */
   dw_band bands[DW_MAX_BANDS];
   int32_t v_group_size, v_group_offset;
   int32_t u_group_size, u_group_offset; /* FACTORED */
@@ -115,14 +128,14 @@ typedef struct dw_record {
  * multiples of 256. A row of zeros is a slot that leaves the parameter at the base's. Parameters
  * that share a record have the same row. */
 #define DW_FIELD_BAND_COUNT 0
-#define DW_FIELD_ROW_BLOCKS 1  /* FACTORED: blocks of 16 ranks (8 in a 16-bit band), all bands */
-#define DW_FIELD_PADDED_RANK 2 /* FACTORED: ranks with every band padded to 16 */
-#define DW_FIELD_HEADER 3      /* offset of the payload; FACTORED: float[64], see layout.h */
-#define DW_FIELD_SIGMA 4       /* FACTORED: offset of float[padded rank] */
+#define DW_FIELD_ROW_BLOCKS 1  /* FACTORED, LORA: blocks of 16 ranks (8 if 16-bit), all bands */
+#define DW_FIELD_PADDED_RANK 2 /* FACTORED, LORA: ranks with every band padded to 16 */
+#define DW_FIELD_HEADER 3      /* offset of the payload; FACTORED, LORA, MIX: float[64], layout.h */
+#define DW_FIELD_SIGMA 4       /* FACTORED, LORA: offset of float[padded rank] */
 #define DW_FIELD_KIND 5        /* dw_record_kind + 1 */
 #define DW_FIELD_INDICES 6     /* ROWS: offset of int32[rows], strictly rising */
-#define DW_FIELD_VALUES 7      /* VALUES: offset of float[in_features] */
-#define DW_FIELD_ROWS 8        /* DENSE and ROWS */
+#define DW_FIELD_VALUES 7      /* VALUES: offset of float[in_features]; MIX: of a weight, or 0 */
+#define DW_FIELD_ROWS 8        /* DENSE and ROWS; MIX: experts */
 #define DW_FIELD_V_GROUP_SIZE 9
 #define DW_FIELD_V_GROUP_OFFSET 10
 #define DW_FIELD_U_GROUP_SIZE 11
@@ -131,7 +144,7 @@ typedef struct dw_record {
 #define DW_BAND_FIELDS 4
 #define DW_BAND_SHAPE 0  /* bits | grid << 8 | rank << 16 */
 #define DW_BAND_V 1      /* offset of v's blocks; DENSE and ROWS: of the rows, in v's order */
-#define DW_BAND_U 2      /* FACTORED: offset of u's blocks */
+#define DW_BAND_U 2      /* FACTORED, LORA: offset of u's blocks */
 #define DW_BAND_LEVELS 3 /* offset of half[2^bits] for a codebook, else 0 */
 #define DW_DIRECTORY_FIELDS (DW_FIELD_BANDS + DW_MAX_BANDS * DW_BAND_FIELDS)
 
@@ -151,7 +164,8 @@ typedef struct dw_arena_config {
   int32_t slot_count;
   int32_t parameter_count;
   const dw_parameter* parameters; /* copied */
-  int32_t max_rank;               /* of a factored record, at most DW_MAX_RANK */
+  int32_t max_rank; /* of a factored record, and of a fusion's experts in a linear together; at most
+                       DW_MAX_RANK */
 } dw_arena_config;
 
 typedef enum dw_slot_state {
@@ -218,7 +232,10 @@ DW_API dw_status dw_arena_grow(dw_arena* arena, uint64_t device_address, uint64_
  * codes with bands at multiples of 16 bytes, grids fp16, sigma float [rank]; `levels` float, the
  * codebook bands' levels one after another. DENSE: `v_codes`, `v_grid`, `levels` are the record's
  * codes, grid and levels. ROWS: `indices`, and `values` fp16 [rows, in_features]. VALUES: `values`
- * float [in_features]. What a record lacks is NULL. `payload` is the arena's device address plus
+ * float [in_features]. LORA: as FACTORED, a band an expert: `v_codes` are A's rows and `u_codes`
+ * B's columns, fp16, `sigma` the expert's scale at each of its ranks. MIX: `values` float [rows,
+ * in_features], `sigma` float [9]: the bias, zeros up to DW_MAX_EXPERTS, and the temperature.
+ * What a record lacks is NULL. `payload` is the arena's device address plus
  * dw_arena_payload's offset. */
 typedef struct dw_repack_args {
   dw_record record; /* `shares` -1 */
@@ -284,6 +301,13 @@ DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
  * no weights. */
 DW_API dw_status dw_dense_gemm(const dw_gemm* args, void* stream);
 
+/* y_s[t] += sum_e weights[t, e] scale_e B_e (A_e x[t]) for every slice s and every token t whose
+ * slot has a LORA record, e over its experts. `weights` float [token_count, DW_MAX_EXPERTS], a
+ * token's at t
+ * * weights_stride, required: what dw_gate_weights wrote. All else, plan and workspace too, as in
+ * dw_delta_gemm; each leaves the other's tenants alone. */
+DW_API dw_status dw_gated_lora(const dw_gemm* args, void* stream);
+
 /* What the element-wise kernels below share. They need no plan; a slot outside [-1, slot_count)
  * counts as -1. */
 typedef struct dw_batch {
@@ -339,6 +363,19 @@ typedef struct dw_embedding {
   int64_t y_stride;
 } dw_embedding;
 DW_API dw_status dw_embed(const dw_embedding* args, void* stream);
+
+/* weights[t, e] = softmax_e(W x[t] / temperature) + b[e], or b[e] without W, for experts of the MIX
+ * record of the token's slot; zeros for experts that it lacks, and without such a record. In fp32.
+ */
+typedef struct dw_gate {
+  dw_batch batch;
+  int32_t parameter, features;
+  const void* x; /* [token_count, features] */
+  int64_t x_stride;
+  float* weights; /* [token_count, DW_MAX_EXPERTS] */
+  int64_t weights_stride;
+} dw_gate;
+DW_API dw_status dw_gate_weights(const dw_gate* args, void* stream);
 
 #ifdef __cplusplus
 }

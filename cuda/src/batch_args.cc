@@ -25,9 +25,9 @@ dw_status check_index(const dw_batch& batch, int parameter) {
 // What a record's kind needs must be there.
 dw_status check_tensors(const dw_repack_args& args) {
   const dw_record& record = args.record;
-  const bool factored = record.kind == DW_FACTORED;
+  const bool factored = has_factors(record), mix = record.kind == DW_MIX;
   bool codes = record.kind == DW_DENSE || factored, grids = false, levels = false;
-  for (int b = 0; b < record.band_count; ++b) {
+  for (int b = 0; b < record.band_count && !mix; ++b) {
     grids |= record.bands[b].grid != DW_GRID_NONE;
     levels |= record.bands[b].grid == DW_GRID_CODEBOOK;
   }
@@ -39,11 +39,12 @@ dw_status check_tensors(const dw_repack_args& args) {
   DW_RETURN_IF_ERROR(require("v_grid", grids, args.v_grid, 4));
   DW_RETURN_IF_ERROR(require("u_codes", factored, args.u_codes, 16));
   DW_RETURN_IF_ERROR(require("u_grid", factored && grids, args.u_grid, 4));
-  DW_RETURN_IF_ERROR(require("sigma", factored, args.sigma, 4));
+  DW_RETURN_IF_ERROR(require("sigma", factored || mix, args.sigma, 4));
   DW_RETURN_IF_ERROR(require("levels", levels, args.levels, 4));
   DW_RETURN_IF_ERROR(require("indices", rows, args.indices, 4));
   DW_RETURN_IF_ERROR(require("values", rows, args.values, 2));
-  return require("values", record.kind == DW_VALUES, args.values, 4);
+  const bool floats = record.kind == DW_VALUES || (mix && record.band_count > 0);
+  return require("values", floats, args.values, 4);
 }
 
 }  // namespace
@@ -109,6 +110,16 @@ dw_status check_embedding(const dw_embedding& args) {
   }
   DW_RETURN_IF_ERROR(check_aligned("y", args.y, 2));
   return check_range("y_stride", args.y_stride, args.features, INT64_MAX);
+}
+
+dw_status check_gate(const dw_gate& args) {
+  DW_RETURN_IF_ERROR(check_batch(args.batch));
+  DW_RETURN_IF_ERROR(check_index(args.batch, args.parameter));
+  DW_RETURN_IF_ERROR(check_range("features", args.features, 1, DW_MAX_IN_FEATURES));
+  DW_RETURN_IF_ERROR(check_aligned("x", args.x, 2));
+  DW_RETURN_IF_ERROR(check_range("x_stride", args.x_stride, args.features, INT64_MAX));
+  DW_RETURN_IF_ERROR(check_aligned("weights", args.weights, sizeof(float)));
+  return check_range("weights_stride", args.weights_stride, DW_MAX_EXPERTS, INT64_MAX);
 }
 
 }  // namespace dw

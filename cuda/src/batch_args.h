@@ -12,6 +12,7 @@ dw_status check_repack(const dw_repack_args& args);
 dw_status check_norm(const dw_norm& args);
 dw_status check_bias(const dw_bias& args);
 dw_status check_embedding(const dw_embedding& args);
+dw_status check_gate(const dw_gate& args);
 
 }  // namespace dw
 

@@ -36,9 +36,10 @@ bool readable_in_place(const dw_gemm& args) {
          args.in_features % kGroup == 0 && args.in_offset == 0;
 }
 
-Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place) {
+Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_record_kind record) {
   unsigned char* workspace = static_cast<unsigned char*>(args.workspace);
   Gemm gemm = {};
+  gemm.record = record;
   gemm.arena = static_cast<const unsigned char*>(args.arena);
   gemm.directory = args.directory;
   gemm.slot_count = args.slot_count;
@@ -112,32 +113,45 @@ namespace dw {
 namespace {
 
 // Slots with few tokens, or all: both stages from packed codes.
-dw_status run_decode(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
+dw_status run_decode(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
+                     cudaStream_t stream) {
   const bool in_place = readable_in_place(args);
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
-  const Gemm gemm = describe(args, cut, in_place);
+  const Gemm gemm = describe(args, cut, in_place, record);
   DW_RETURN_IF_ERROR(check_launch(launch_shrink(gemm, stream), "shrink"));
   return check_launch(launch_expand(gemm, stream), "expand");
 }
 
 // Slots with many: both stages as products of 16-bit images.
-dw_status run_dense(const dw_gemm& args, const Workspace& cut, cudaStream_t stream) {
-  const Gemm gemm = describe(args, cut, true);
+dw_status run_dense(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
+                    cudaStream_t stream) {
+  const Gemm gemm = describe(args, cut, true, record);
   DW_RETURN_IF_ERROR(check_launch(prefill::launch_operands(args, gemm, stream), "operands"));
   DW_RETURN_IF_ERROR(check_launch(prefill::launch_stage1(gemm, stream), "prefill stage 1"));
   DW_RETURN_IF_ERROR(check_launch(prefill::launch_h_image(gemm, stream), "image of h"));
   return check_launch(prefill::launch_stage2(gemm, stream), "prefill stage 2");
 }
 
+dw_status run(const dw_gemm& args, dw_record_kind record, void* stream_pointer) {
+  const Workspace cut = cut_workspace(args);
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
+  if (cut.image_tiles > 0) DW_RETURN_IF_ERROR(run_dense(args, cut, record, stream));
+  return run_decode(args, cut, record, stream);
+}
+
 }  // namespace
 }  // namespace dw
 
-dw_status dw_delta_gemm(const dw_gemm* args, void* stream_pointer) {
+dw_status dw_delta_gemm(const dw_gemm* args, void* stream) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
   DW_RETURN_IF_ERROR(dw::check_sizes(*args));
   DW_RETURN_IF_ERROR(dw::check_pointers(*args));
-  const dw::Workspace cut = dw::cut_workspace(*args);
-  const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
-  if (cut.image_tiles > 0) DW_RETURN_IF_ERROR(dw::run_dense(*args, cut, stream));
-  return dw::run_decode(*args, cut, stream);
+  return dw::run(*args, DW_FACTORED, stream);
+}
+
+// A fusion's experts are the bands of one factored product, weighed where sigma is: on its ranks.
+dw_status dw_gated_lora(const dw_gemm* args, void* stream) {
+  if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
+  DW_RETURN_IF_ERROR(dw::check_lora(*args));
+  return dw::run(*args, DW_LORA, stream);
 }

@@ -394,7 +394,7 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
   for (int64_t item = all * blockIdx.x / gridDim.x; item < end;) {
     const Unit unit = unit_at(gemm, item, end, groups);
     item += unit.last - unit.first;
-    if (!is_factored(unit.row)) continue;
+    if (!is_served(gemm, unit.row)) continue;
     const int steps = list_steps(gemm, unit, shared);
     __syncthreads();
     Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, steps, turn);

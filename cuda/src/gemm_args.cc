@@ -49,6 +49,15 @@ dw_status check_dense(const dw_gemm& args) {
   return check_pointers(args);
 }
 
+dw_status check_lora(const dw_gemm& args) {
+  DW_RETURN_IF_ERROR(check_sizes(args));
+  if (args.weights == nullptr) {
+    return fail(DW_ERROR_ARGUMENT, "no weights, expected float [token_count, ", DW_MAX_EXPERTS,
+                "]");
+  }
+  return check_pointers(args);
+}
+
 dw_status check_pointers(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_aligned("arena", args.arena, DW_ALIGNMENT));
   DW_RETURN_IF_ERROR(check_aligned("directory", args.directory, sizeof(int64_t)));

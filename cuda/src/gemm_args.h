@@ -32,6 +32,7 @@ dw_status check_chunk(int chunk_tokens);
 dw_status check_sizes(const dw_gemm& args);
 dw_status check_pointers(const dw_gemm& args);
 dw_status check_dense(const dw_gemm& args);
+dw_status check_lora(const dw_gemm& args);
 Workspace cut_workspace(const dw_gemm& args);
 size_t plan_bytes(int token_count);
 

@@ -20,8 +20,9 @@ struct Slice {
   int64_t v_image, u_image;  // prefill: bytes from the start of a slot's images
 };
 
-// One call of dw_delta_gemm as the device sees it.
+// One call of dw_delta_gemm or dw_gated_lora as the device sees it.
 struct Gemm {
+  int record;  // the kind whose terms are added: DW_FACTORED or DW_LORA
   const unsigned char* arena;
   const int64_t* directory;
   int slot_count;
@@ -31,7 +32,8 @@ struct Gemm {
   int64_t x_stride;
   int x_dtype, y_dtype;        // dw_dtype
   const float* x_scale;        // undoes x's power of two, [tokens]; null for 1
-  const float* token_weights;  // of token t at t * token_weights_stride; null for 1
+  const float* token_weights;  // of token t at t * token_weights_stride, of LORA with a band's
+                               // at its number behind it; null for 1
   int64_t token_weights_stride;
   const int* plan;
   int chunk_tokens;

@@ -29,6 +29,10 @@
 //
 //     [0]  the largest |scale| of u as the kernels see it: as stored, and 1 for a 16-bit band
 //     [1]  2^-s, which undoes it on the sums; 1 if all of u is zero
+//
+// A fusion's LORA record lies as a factored one does whose bands are the experts: A as v, B as u,
+// the experts' scales as sigma. A MIX record's header, float[64]: [0..7] the bias, [8] the
+// temperature; behind it the gate's weight, float [experts, in_features].
 #ifndef DELTAWEAVE_SRC_LAYOUT_H_
 #define DELTAWEAVE_SRC_LAYOUT_H_
 
@@ -47,6 +51,7 @@ namespace dw {
 constexpr int kGroup = 128;           // features of a block, and the smallest group of a grid
 constexpr int kMaxBlockBytes = 2112;  // 16 ranks of 8 bits with their grid
 constexpr int kHeaderBytes = DW_ALIGNMENT;
+constexpr int kMixNumbers = DW_MAX_EXPERTS + 1;  // of a MIX record's header: bias, temperature
 
 DW_HD int64_t round_up(int64_t value, int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;

@@ -24,6 +24,10 @@ dw_status dw_delta_gemm(const dw_gemm* args, void*) {
   DW_RETURN_IF_ERROR(dw::check_pointers(*args));
   return refuse("dw_delta_gemm");
 }
+dw_status dw_gated_lora(const dw_gemm* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_lora(*args));
+  return refuse("dw_gated_lora");
+}
 dw_status dw_dense_gemm(const dw_gemm* args, void*) {
   DW_RETURN_IF_ERROR(dw::check_dense(*args));
   return refuse("dw_dense_gemm");
@@ -39,4 +43,8 @@ dw_status dw_add_bias(const dw_bias* args, void*) {
 dw_status dw_embed(const dw_embedding* args, void*) {
   DW_RETURN_IF_ERROR(dw::check_embedding(*args));
   return refuse("dw_embed");
+}
+dw_status dw_gate_weights(const dw_gate* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_gate(*args));
+  return refuse("dw_gate_weights");
 }

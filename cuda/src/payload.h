@@ -21,6 +21,11 @@ struct Payload {
   uint64_t bytes;
 };
 
+// Whether a record has factors, sigma and a header: a delta's, or a fusion's experts as its bands.
+inline bool has_factors(const dw_record& record) {
+  return record.kind == DW_FACTORED || record.kind == DW_LORA;
+}
+
 dw_status check_parameter(const dw_parameter& parameter, int index);
 // Whether the kernels compute a record that has its own bytes, as the value of parameter `index`
 // (its own, or one that shares it). Errors name the parameter; `max_rank` is the arena's.

@@ -79,8 +79,8 @@ __device__ __forceinline__ int dense_chunks(const Gemm& gemm) {
 __device__ __forceinline__ int4 dense_chunk(const Gemm& gemm, int index) {
   return chunk_of(gemm, gemm.plan[kPlanFew] + index);
 }
-__device__ __forceinline__ int padded_ranks(const int64_t* row) {
-  return is_factored(row) ? static_cast<int>(row[DW_FIELD_PADDED_RANK]) : 0;
+__device__ __forceinline__ int padded_ranks(const Gemm& gemm, const int64_t* row) {
+  return is_served(gemm, row) ? static_cast<int>(row[DW_FIELD_PADDED_RANK]) : 0;
 }
 
 // Into how many parts stage 1 cuts the in_features of a dense slot's slice.

@@ -76,7 +76,7 @@ struct Stage1 {
     item.part = index / tiles;
     item.chunk = dense_chunk(gemm, chunk);
     item.row = directory_row(gemm, gemm.slices[item.slice].projection, item.chunk.x);
-    const int depth = input_tiles(gemm), padded = padded_ranks(item.row);
+    const int depth = input_tiles(gemm), padded = padded_ranks(gemm, item.row);
     const int each = ceil_div(depth, parts_of(gemm, item.slice, item.chunk.w));
     const int first = item.part * each;
     item.depth = item.column < padded ? max(0, min(each, depth - first)) : 0;
@@ -92,7 +92,8 @@ struct Stage1 {
   __device__ __forceinline__ void expect_y(const Item&) const {}
 
   __device__ __forceinline__ void finish(const Item& item, const Sums<kColumns>& sums) const {
-    const int lane_column = item.column + threadIdx.x % 4 * 2, padded = padded_ranks(item.row);
+    const int lane_column = item.column + threadIdx.x % 4 * 2,
+              padded = padded_ranks(gemm, item.row);
     const float* sigma = reinterpret_cast<const float*>(gemm.arena + item.row[DW_FIELD_SIGMA]);
     float* to[2];
 #pragma unroll
@@ -140,7 +141,7 @@ struct Stage2 {
     item.column = index * kColumns;
     item.chunk = dense_chunk(gemm, chunk);
     item.row = directory_row(gemm, gemm.slices[item.slice].projection, item.chunk.x);
-    item.depth = rank_tiles(padded_ranks(item.row));
+    item.depth = rank_tiles(padded_ranks(gemm, item.row));
     item.weights_rows = min(gemm.slices[item.slice].groups - index * kGroups, kGroups);
     item.weights_pitch = static_cast<int64_t>(gemm.rank_tiles) * kTileBytes;
     item.tokens = h_image(gemm, item.slice) + chunk * item.weights_pitch;

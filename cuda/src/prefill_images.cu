@@ -5,7 +5,8 @@
 //                 image_scale float [tokens in plan order] undoes the power of two of bf16 rows,
 //                 times the token's weight
 //              V^, U^ packed -> fp16 images, of every dense slot and slice
-//   h_image    h  float [parts, slices, tokens in plan order, ranks] -> the sum of its parts, fp16
+//   h_image    h  float [parts, slices, tokens in plan order, ranks] -> the sum of its parts (of
+//              LORA times the expert's weight), fp16
 //                 image [token tiles, ranks] a slice, times a power of two a token that brings the
 //                 largest to 2^7; h_scale float [slices, tokens] undoes it and x's
 //
@@ -191,7 +192,8 @@ struct Dense {
     __syncthreads();
     for (int pair = threadIdx.x; pair < count * gemm.slice_count; pair += kThreads) {
       const int projection = gemm.slices[pair % gemm.slice_count].projection;
-      padded[pair] = padded_ranks(directory_row(gemm, projection, slots[pair / gemm.slice_count]));
+      padded[pair] =
+          padded_ranks(gemm, directory_row(gemm, projection, slots[pair / gemm.slice_count]));
       atomicMax(&most_padded, padded[pair]);
     }
     __syncthreads();
@@ -239,6 +241,17 @@ __global__ void __launch_bounds__(kThreads, kResident)
   }
 }
 
+// The band that a rank lies in, padded ranks counted.
+__device__ __forceinline__ int band_at(const Shapes& shapes, int rank) {
+  int band = 0, end = 0;
+#pragma unroll
+  for (int b = 0; b < DW_MAX_BANDS; ++b) {
+    end += padded_rank(band_rank(shapes.of[b]));
+    if (rank >= end) band = b + 1;
+  }
+  return band;
+}
+
 __global__ void __launch_bounds__(kThreads, 5) h_kernel(const __grid_constant__ Gemm gemm) {
   constexpr int kKept = ceil_div((DW_MAX_RANK + 16 * DW_MAX_BANDS) / 4, kThreads);
   const int order = blockIdx.x, slice = blockIdx.y;
@@ -248,7 +261,8 @@ __global__ void __launch_bounds__(kThreads, 5) h_kernel(const __grid_constant__ 
   const int image_row = gemm.plan[plan_rows(gemm.token_count) + order];
   if (image_row < 0) return;
   const int4 chunk = dense_chunk(gemm, image_row / kTileRows);
-  const int padded = padded_ranks(directory_row(gemm, gemm.slices[slice].projection, chunk.x));
+  const int64_t* row = directory_row(gemm, gemm.slices[slice].projection, chunk.x);
+  const int padded = padded_ranks(gemm, row);
   const int parts = parts_of(gemm, slice, chunk.w);
   float4 kept[kKept] = {};
   float largest = 0.f;
@@ -257,6 +271,12 @@ __global__ void __launch_bounds__(kThreads, 5) h_kernel(const __grid_constant__ 
     const int quad = threadIdx.x + i * kThreads;
     if (4 * quad >= padded) break;
     kept[i] = h_quad(gemm, slice, order, quad, parts);
+    if (gemm.record == DW_LORA) {
+      const int expert = band_at(load_shapes(row), 4 * quad);
+      const float weight = expert_weight(gemm, token_at(gemm, order), expert);
+      kept[i] = make_float4(kept[i].x * weight, kept[i].y * weight, kept[i].z * weight,
+                            kept[i].w * weight);
+    }
     largest = fmaxf(largest, largest_of(kept[i]));
   }
   const float scale = normalizer<7>(block_max(largest));

@@ -6,6 +6,8 @@
 //   dense     levels if it has a codebook, blocks in v's order
 //   rows      indices as they are, fp16 rows as blocks in v's order
 //   values    as they are
+//   lora      as factored, every expert a band of 16 bits
+//   mix       header: bias and temperature; the gate's weight as it is
 #include "batch_args.h"
 #include "kernels.h"
 #include "layout.h"
@@ -99,7 +101,7 @@ RepackBands describe_bands(const dw_repack_args& args, const Payload& payload) {
   RepackBands bands = {};
   bands.header = static_cast<const float*>(args.payload);
   add_bands(args, payload, v_factor(args), bands);
-  if (args.record.kind == DW_FACTORED) add_bands(args, payload, u_factor(args), bands);
+  if (has_factors(args.record)) add_bands(args, payload, u_factor(args), bands);
   return bands;
 }
 
@@ -115,7 +117,7 @@ RepackNumbers describe_numbers(const dw_repack_args& args, const Payload& payloa
     numbers.level_count[b] = band.grid == DW_GRID_CODEBOOK ? 1 << band.bits : 0;
     numbers.levels_to[b] = reinterpret_cast<__half*>(base + payload.bands[b].levels);
   }
-  if (record.kind != DW_FACTORED) return numbers;
+  if (!has_factors(record)) return numbers;
   numbers.sigma = args.sigma;
   numbers.sigma_to = reinterpret_cast<float*>(base + payload.sigma);
   numbers.header_to = reinterpret_cast<float*>(base);
@@ -133,7 +135,7 @@ RepackNumbers describe_numbers(const dw_repack_args& args, const Payload& payloa
 }
 
 bool has_numbers(const dw_record& record) {
-  return record.kind == DW_FACTORED ||
+  return has_factors(record) ||
          (record.kind == DW_DENSE && record.bands[0].grid == DW_GRID_CODEBOOK);
 }
 
@@ -156,6 +158,14 @@ dw_status dw_repack(const dw_repack_args* args, void* stream_pointer) {
   if (record.kind == DW_VALUES) {
     return dw::copy(*args, payload.values, args->values,
                     sizeof(float) * args->parameter.in_features, stream);
+  }
+  if (record.kind == DW_MIX) {
+    const size_t weights = size_t{sizeof(float)} * record.band_count * record.rows;
+    if (weights > 0) {
+      DW_RETURN_IF_ERROR(dw::copy(*args, payload.values, args->values,
+                                  weights * args->parameter.in_features, stream));
+    }
+    return dw::copy(*args, 0, args->sigma, sizeof(float) * dw::kMixNumbers, stream);
   }
   if (record.kind == DW_ROWS) {
     DW_RETURN_IF_ERROR(

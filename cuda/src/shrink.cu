@@ -2,7 +2,7 @@
 // Stage 1 of the delta product:  h[tile, s, t, r] = sigma[r] * sum over tile's k of V^[r, k] x[t,
 // k]
 //
-// (times the token's weight)
+// (times the token's weight, or of LORA its weight of the band, an expert's)
 //
 //   x  fp16 or bf16 [tokens, in]   V^ packed (layout.h)   h  float [tiles, slices, tokens in plan
 //   order, ranks]; stage 2 adds the tiles
@@ -65,7 +65,7 @@ struct Segment {
   int unit, tile;
   int first, last;  // blocks
   int rank;         // of the band
-  int bits;
+  int bits, band;
   int first_group, groups;  // of the tile
   int first_step, steps;    // of a block
   bool codebook;
@@ -104,10 +104,11 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64
   const int64_t* row = nullptr;
   if (own * most < range.last) {
     row = row_of(gemm, static_cast<int>(own / gemm.tiles));
-    if (is_factored(row)) {
+    if (is_served(gemm, row)) {
       const int64_t shape = row[DW_FIELD_BANDS + band * DW_BAND_FIELDS + DW_BAND_SHAPE];
       segment.bits = band_bits(shape);
       segment.rank = band_rank(shape);
+      segment.band = band;
       segment.codebook = band_grid(shape) == DW_GRID_CODEBOOK;
       if (segment.rank > 0) blocks = block_count(segment.bits, segment.rank);
       padded = padded_rank(segment.rank);
@@ -330,7 +331,7 @@ __device__ __forceinline__ void add_groups(float (&acc)[4], const unsigned char*
 }
 
 // One block of threads' run through its batches.
-template <typename T>
+template <typename T, bool kGated>
 struct Run {
   const Gemm& gemm;
   Shared& shared;
@@ -343,6 +344,7 @@ struct Run {
   const Segment* mine = nullptr;
   int my_rank = 0;  // of the band
   float my_sigma = 0.f;
+  float my_weights[2] = {1.f, 1.f};  // of the expert, for the tokens that this thread adds up
   Activations x;
 
   __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
@@ -452,8 +454,18 @@ struct Run {
       my_rank = block * block_ranks(segment.bits) + threadIdx.x % 16;
       my_sigma =
           my_rank < segment.rank ? __ldg(segment.sigma + my_rank) : 0.f;  // early: it is cold
+      if constexpr (kGated) load_weights(segment);
     }
     if (++waiting == kBatch) meet();
+  }
+
+  __device__ __forceinline__ void load_weights(const Segment& segment) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int token = threadIdx.x / 16 % 4 + 4 * i;
+      if (token >= segment.tokens) break;
+      my_weights[i] = expert_weight(gemm, token_at(gemm, segment.order + token), segment.band);
+    }
   }
 
   // Adds the warps' sums of the waiting blocks in warp order and writes h.
@@ -471,6 +483,7 @@ struct Run {
         for (int w = 0; w < kTeam; ++w) {
           value += shared.partial[phase][place][w][token * kTokenPitch + rank];
         }
+        if constexpr (kGated) value *= my_weights[token / 4];
         value = my_rank < mine->rank ? value * my_sigma : 0.f;
         mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;
       }
@@ -480,7 +493,7 @@ struct Run {
   }
 };
 
-template <typename T>
+template <typename T, bool kGated>
 __global__ void __launch_bounds__(kTeamThreads, kResident)
     shrink_kernel(const __grid_constant__ Gemm gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
@@ -491,7 +504,7 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
   // Units are counted as if all had the most blocks.
   const Range range = {units * most * blockIdx.x / gridDim.x,
                        units * most * (blockIdx.x + 1) / gridDim.x};
-  Run<T> run(gemm, shared);
+  Run<T, kGated> run(gemm, shared);
   bool waited = false;
   for (int64_t first = range.first; first < range.last;) {
     const int64_t unit = first / most;
@@ -510,7 +523,7 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
   if (!waited) after_previous();
 }
 
-template <typename T>
+template <typename T, bool kGated>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   const int64_t most =
       static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
@@ -518,14 +531,20 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   const int64_t resident =
       static_cast<int64_t>(multiprocessors()) * (gemm.token_count < 8 ? 1 : kResident);
   const int grid = static_cast<int>(most < resident ? most : resident);
-  return launch_dependent(shrink_kernel<T>, dim3(grid), kTeamThreads, sizeof(Shared), stream, gemm);
+  return launch_dependent(shrink_kernel<T, kGated>, dim3(grid), kTeamThreads, sizeof(Shared),
+                          stream, gemm);
+}
+
+template <typename T>
+cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
+  return gemm.record == DW_LORA ? launch<T, true>(gemm, stream) : launch<T, false>(gemm, stream);
 }
 
 }  // namespace
 
 cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream) {
-  return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, stream)
-                                     : launch<__half>(gemm, stream);
+  return gemm.x_dtype == DW_BFLOAT16 ? launch_typed<__nv_bfloat16>(gemm, stream)
+                                     : launch_typed<__half>(gemm, stream);
 }
 
 }  // namespace dw

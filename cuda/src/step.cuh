@@ -32,8 +32,13 @@ __device__ __forceinline__ int token_at(const Gemm& gemm, int order) {
 
 // What a token's delta is multiplied with.
 __device__ __forceinline__ float weight_of(const Gemm& gemm, int64_t token) {
-  if (gemm.token_weights == nullptr) return 1.f;
+  if (gemm.token_weights == nullptr || gemm.record == DW_LORA) return 1.f;
   return __ldcg(gemm.token_weights + token * gemm.token_weights_stride);
+}
+
+// What a token's term of an expert is multiplied with; the experts are the record's bands.
+__device__ __forceinline__ float expert_weight(const Gemm& gemm, int64_t token, int expert) {
+  return __ldcg(gemm.token_weights + token * gemm.token_weights_stride + expert);
 }
 
 __device__ __forceinline__ const int64_t* directory_row(const Gemm& gemm, int projection,
@@ -48,8 +53,9 @@ __device__ __forceinline__ const int64_t* row_of(const Gemm& gemm, int pair) {
   return directory_row(gemm, gemm.slices[pair % gemm.slice_count].projection, slot);
 }
 
-__device__ __forceinline__ bool is_factored(const int64_t* row) {
-  return row[DW_FIELD_KIND] == DW_FACTORED + 1;
+// Whether the call adds a record's terms.
+__device__ __forceinline__ bool is_served(const Gemm& gemm, const int64_t* row) {
+  return row[DW_FIELD_KIND] == gemm.record + 1;
 }
 
 // h of a tile, slice and token.
@@ -88,7 +94,7 @@ __device__ __forceinline__ int most_blocks(const Gemm& gemm, int* shared_most) {
     // The bands' fields are read next, and lie in other lines.
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS));
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS + 16));
-    if (is_factored(row)) own = max(own, static_cast<int>(row[DW_FIELD_ROW_BLOCKS]));
+    if (is_served(gemm, row)) own = max(own, static_cast<int>(row[DW_FIELD_ROW_BLOCKS]));
   }
   own = __reduce_max_sync(0xffffffffu, own);
   if (threadIdx.x % 32 == 0) atomicMax(shared_most, own);

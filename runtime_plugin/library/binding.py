@@ -16,6 +16,7 @@ from deltaweave.runtime_plugin.library.structs import (
     ArenaStats,
     Bias,
     Embedding,
+    Gate,
     Gemm,
     Norm,
     Record,
@@ -24,7 +25,7 @@ from deltaweave.runtime_plugin.library.structs import (
 
 __all__ = ["ABI_VERSION", "Library", "find_library"]
 
-ABI_VERSION = 3
+ABI_VERSION = 4
 FULL = 3  # DW_ERROR_FULL
 ENVIRONMENT = "DELTAWEAVE_LIBRARY"
 FILE_NAME = "libdeltaweave.so"
@@ -54,9 +55,11 @@ SIGNATURES: dict[str, list[Any]] = {
     "dw_gemm_workspace_bytes": [POINTER(Gemm), POINTER(c_size_t)],
     "dw_delta_gemm": [POINTER(Gemm), c_void_p],
     "dw_dense_gemm": [POINTER(Gemm), c_void_p],
+    "dw_gated_lora": [POINTER(Gemm), c_void_p],
     "dw_rms_norm": [POINTER(Norm), c_void_p],
     "dw_add_bias": [POINTER(Bias), c_void_p],
     "dw_embed": [POINTER(Embedding), c_void_p],
+    "dw_gate_weights": [POINTER(Gate), c_void_p],
 }
 
 
@@ -149,6 +152,10 @@ class Library:
         """Adds dense rows' products to y, or puts replaced rows' there, for tokens whose tenant has such a record."""
         self.call("dw_dense_gemm", byref(gemm), stream)
 
+    def gated_lora(self, gemm: Gemm, stream: int = 0) -> None:
+        """Adds a fusion's weighed LoRAs to y, for tokens whose tenant has them."""
+        self.call("dw_gated_lora", byref(gemm), stream)
+
     def rms_norm(self, norm: Norm, stream: int = 0) -> None:
         """RMSNorm with every token's own weight."""
         self.call("dw_rms_norm", byref(norm), stream)
@@ -160,3 +167,7 @@ class Library:
     def embed(self, embedding: Embedding, stream: int = 0) -> None:
         """Looks every token's id up in its tenant's table."""
         self.call("dw_embed", byref(embedding), stream)
+
+    def gate_weights(self, gate: Gate, stream: int = 0) -> None:
+        """What every token gives each expert of its fusion."""
+        self.call("dw_gate_weights", byref(gate), stream)

@@ -17,6 +17,7 @@ __all__ = [
     "DTYPES",
     "GRIDS",
     "MAX_BANDS",
+    "MAX_EXPERTS",
     "MAX_SLICES",
     "MAX_TOKENS",
     "ArenaConfig",
@@ -28,6 +29,7 @@ __all__ = [
     "BiasSlice",
     "Embedding",
     "Field",
+    "Gate",
     "Gemm",
     "Norm",
     "Parameter",
@@ -39,6 +41,7 @@ __all__ = [
 ]
 
 MAX_BANDS = 8
+MAX_EXPERTS = 8
 MAX_SLICES = 4
 MAX_TOKENS = 2048
 GRIDS = {"none": 0, "affine": 1, "codebook": 2}
@@ -48,13 +51,13 @@ DTYPES = {"float16": 0, "bfloat16": 1}
 class ParameterKind(IntEnum):
     """What a parameter of the base is: dw_parameter_kind."""
 
-    LINEAR, EMBEDDING, VECTOR = range(3)
+    LINEAR, EMBEDDING, VECTOR, GATE = range(4)
 
 
 class RecordKind(IntEnum):
     """How a tenant changes a parameter: dw_record_kind."""
 
-    FACTORED, DENSE, ROWS, VALUES = range(4)
+    FACTORED, DENSE, ROWS, VALUES, LORA, MIX = range(6)
 
 
 class Field(IntEnum):
@@ -175,9 +178,37 @@ class Record(ctypes.Structure):
         return cls(parameter=parameter, kind=RecordKind.VALUES, shares=-1)
 
     @classmethod
+    def lora(cls, parameter: int, ranks: Sequence[int]) -> Record:
+        """The LoRAs of a fusion's experts in a linear parameter; rank 0 for one that leaves it alone.
+
+        Raises:
+            LibraryError: more than 8 experts.
+        """
+        _require_experts(len(ranks))
+        record = cls(parameter=parameter, kind=RecordKind.LORA, shares=-1, band_count=len(ranks))
+        for place, rank in enumerate(ranks):
+            record.bands[place] = BandShape(16, rank, GRIDS["none"])
+        return record
+
+    @classmethod
+    def mix(cls, parameter: int, experts: int, gated: bool) -> Record:
+        """How a gate weighs a fusion's experts: by the token if `gated`, else with fixed weights.
+
+        Raises:
+            LibraryError: more than 8 experts.
+        """
+        _require_experts(experts)
+        return cls(parameter=parameter, kind=RecordKind.MIX, rows=experts, shares=-1, band_count=int(gated))
+
+    @classmethod
     def shared(cls, parameter: int, owner: int) -> Record:
         """The record of parameter `owner` of the same tenant, for a parameter that is tied to it."""
         return cls(parameter=parameter, shares=owner)
+
+
+def _require_experts(count: int) -> None:
+    if not 1 <= count <= MAX_EXPERTS:
+        raise LibraryError(f"fusion of {count} experts, the kernels take 1 to {MAX_EXPERTS}")
 
 
 class ArenaConfig(ctypes.Structure):
@@ -239,7 +270,7 @@ class Slice(ctypes.Structure):
 
 
 class Gemm(ctypes.Structure):
-    """One call of `Library.delta_gemm` or `dense_gemm`."""
+    """One call of `Library.delta_gemm`, `dense_gemm` or `gated_lora`."""
 
     _fields_: ClassVar = [
         ("arena", c_void_p),
@@ -329,4 +360,18 @@ class Embedding(ctypes.Structure):
         ("table_stride", c_int64),
         ("y", c_void_p),
         ("y_stride", c_int64),
+    ]
+
+
+class Gate(ctypes.Structure):
+    """One call of `Library.gate_weights`."""
+
+    _fields_: ClassVar = [
+        ("batch", Batch),
+        ("parameter", c_int32),
+        ("features", c_int32),
+        ("x", c_void_p),
+        ("x_stride", c_int64),
+        ("weights", c_void_p),
+        ("weights_stride", c_int64),
     ]

@@ -2,7 +2,10 @@
 """The ops `torch.ops.deltaweave.*`: schemas, checks and fake kernels; what a step over many tenants is made of.
 
     plan        (slots, slot_count, plan!)                        groups a step's tokens by slot
-    delta_gemm  (arena, directory, plan, x, ys!, parameters, ...) y_s += U^T (sigma * (V x)), fused over slices s
+    delta_gemm  (arena, directory, plan, x, ys!, parameters, ...) y_s += U^T (sigma * (V x)), fused over slices s, times
+                                                                  a weight a token
+    gate        (arena, directory, slots, x, parameter, weights!) what a token gives the experts of its fusion
+    gated_lora  (arena, directory, plan, x, ys!, weights, ...)    y_s += sum_e w_e B_e A_e x, fused over slices s
     dense_gemm  (arena, directory, plan, x, y!, parameter, ...)   lm_head's low-bit or replaced rows
     rms_norm    (arena, directory, slots, x, weight, ...)         with the norm weight of each token's slot
     add_bias    (arena, directory, slots, ys!, biases, ...)       the bias of each token's slot
@@ -22,15 +25,18 @@ from typing import Any
 
 import torch
 from deltaweave.formats import DeltaweaveError
-from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, MAX_SLICES, MAX_TOKENS
+from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, MAX_EXPERTS, MAX_SLICES, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import ops_cpu, ops_cuda
 
-__all__ = ["OpError", "add_bias", "delta_gemm", "dense_gemm", "embed", "plan", "rms_norm"]
+__all__ = ["OpError", "add_bias", "delta_gemm", "dense_gemm", "embed", "gate", "gated_lora", "plan", "rms_norm"]
 
 SCHEMAS = {
     "plan": "(Tensor slots, int slot_count, Tensor(a!) plan) -> ()",
     "delta_gemm": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, int[] parameters, "
-    "int max_rank, int in_offset=0, int[]? out_offsets=None) -> ()",
+    "int max_rank, int in_offset=0, int[]? out_offsets=None, Tensor? weights=None) -> ()",
+    "gate": "(Tensor arena, Tensor directory, Tensor slots, Tensor x, int parameter, Tensor(a!) weights) -> ()",
+    "gated_lora": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, Tensor weights, "
+    "int[] parameters, int max_rank) -> ()",
     "dense_gemm": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!) y, int parameter, "
     "int max_rank) -> ()",
     "rms_norm": "(Tensor arena, Tensor directory, Tensor slots, Tensor x, Tensor weight, float epsilon, "
@@ -62,13 +68,51 @@ def _delta_gemm(
     max_rank: int,
     in_offset: int = 0,
     out_offsets: Sequence[int] | None = None,
+    weights: torch.Tensor | None = None,
 ) -> None:
     _require_arena(arena, directory, parameters)
     _require("plan", plan, torch.int32, 1, arena.device)
     _require_tokens("x", x, arena.device)
     _require_slices(ys, parameters, x)
     offsets = [0] * len(ys) if out_offsets is None else out_offsets
-    _backend(arena).delta_gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, offsets)
+    if weights is not None:
+        _require_weights(weights, (len(x),), x.device)
+    _backend(arena).delta_gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, offsets, weights)
+
+
+def _gate(
+    arena: torch.Tensor,
+    directory: torch.Tensor,
+    slots: torch.Tensor,
+    x: torch.Tensor,
+    parameter: int,
+    weights: torch.Tensor,
+) -> None:
+    _require_arena(arena, directory, [parameter])
+    _require_slots(slots, arena.device)
+    _require_tokens("x", x, arena.device)
+    if len(x) != len(slots):
+        raise OpError(f"x of shape {list(x.shape)} for {len(slots)} tokens")
+    _require_expert_weights(weights, x)
+    _backend(arena).gate(arena, directory, slots, x, parameter, weights)
+
+
+def _gated_lora(
+    arena: torch.Tensor,
+    directory: torch.Tensor,
+    plan: torch.Tensor,
+    x: torch.Tensor,
+    ys: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    parameters: Sequence[int],
+    max_rank: int,
+) -> None:
+    _require_arena(arena, directory, parameters)
+    _require("plan", plan, torch.int32, 1, arena.device)
+    _require_tokens("x", x, arena.device)
+    _require_slices(ys, parameters, x)
+    _require_expert_weights(weights, x)
+    _backend(arena).gated_lora(arena, directory, plan, x, ys, weights, parameters, max_rank)
 
 
 def _dense_gemm(
@@ -210,6 +254,20 @@ def _require_slices(ys: Sequence[torch.Tensor], parameters: Sequence[int], x: to
             raise OpError(f"y of shape {list(y.shape)} and {y.dtype} for an x of {list(x.shape)} and {x.dtype}")
 
 
+def _require_weights(weights: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    if weights.dtype != torch.float32 or weights.shape != shape or weights.device != device:
+        raise OpError(
+            f"weights of {weights.dtype} and shape {list(weights.shape)} on {weights.device}, expected float32 "
+            f"{list(shape)} on {device}"
+        )
+
+
+def _require_expert_weights(weights: torch.Tensor, x: torch.Tensor) -> None:
+    _require_weights(weights, (len(x), MAX_EXPERTS), x.device)
+    if weights.stride(1) != 1:
+        raise OpError(f"weights of strides {list(weights.stride())}, expected a token's {MAX_EXPERTS} side by side")
+
+
 def _fake_rms_norm(
     arena: torch.Tensor,
     directory: torch.Tensor,
@@ -241,6 +299,8 @@ _library = torch.library.Library("deltaweave", "DEF")
 _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "plan": (_plan, _fake_nothing),
     "delta_gemm": (_delta_gemm, _fake_nothing),
+    "gate": (_gate, _fake_nothing),
+    "gated_lora": (_gated_lora, _fake_nothing),
     "dense_gemm": (_dense_gemm, _fake_nothing),
     "rms_norm": (_rms_norm, _fake_rms_norm),
     "add_bias": (_add_bias, _fake_nothing),
@@ -258,4 +318,6 @@ delta_gemm = torch.ops.deltaweave.delta_gemm.default
 dense_gemm = torch.ops.deltaweave.dense_gemm.default
 rms_norm = torch.ops.deltaweave.rms_norm.default
 add_bias = torch.ops.deltaweave.add_bias.default
+gate = torch.ops.deltaweave.gate.default
+gated_lora = torch.ops.deltaweave.gated_lora.default
 embed = torch.ops.deltaweave.embed.default

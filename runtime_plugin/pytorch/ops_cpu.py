@@ -36,13 +36,49 @@ class Reference:
         max_rank: int,
         in_offset: int,
         out_offsets: Sequence[int],
+        weights: Tensor | None,
     ) -> None:
         """Adds the terms of FACTORED records; ranks and offsets of shards stand in the directory."""
         for y, parameter in zip(ys, parameters, strict=True):
             for row, tokens in _rows(arena, directory, plan[: len(x)], parameter):
                 if row.kind is RecordKind.FACTORED:
                     term = delta_linear(x[tokens].float(), row.factored((y.shape[1], x.shape[1])))
+                    if weights is not None:
+                        term = term * weights[tokens, None]
                     y[tokens] = (y[tokens].float() + term).to(y.dtype)
+
+    @staticmethod
+    def gate(arena: Tensor, directory: Tensor, slots: Tensor, x: Tensor, parameter: int, weights: Tensor) -> None:
+        """softmax(W x / T) + b in float32, or b; zeros without a record and for experts that it lacks."""
+        weights.zero_()
+        for row, tokens in _rows(arena, directory, slots, parameter):
+            if row.kind is RecordKind.MIX:
+                weight, bias, temperature = row.mix(x.shape[1])
+                found = bias.expand(len(tokens), -1)
+                if weight is not None:
+                    found = torch.softmax(x[tokens].float() @ weight.T / temperature, dim=-1) + bias
+                weights[tokens, : len(bias)] = found
+
+    @staticmethod
+    def gated_lora(
+        arena: Tensor,
+        directory: Tensor,
+        plan: Tensor,
+        x: Tensor,
+        ys: Sequence[Tensor],
+        weights: Tensor,
+        parameters: Sequence[int],
+        max_rank: int,
+    ) -> None:
+        """Adds the weighed terms of LORA records."""
+        for y, parameter in zip(ys, parameters, strict=True):
+            for row, tokens in _rows(arena, directory, plan[: len(x)], parameter):
+                if row.kind is RecordKind.LORA:
+                    outputs, inputs = y[tokens].float(), x[tokens].float()
+                    for expert, (a, b, sigma) in enumerate(row.loras((y.shape[1], x.shape[1]))):
+                        h = functional.linear(inputs, a.float()) * sigma * weights[tokens, expert, None]
+                        outputs += h @ b.float()
+                    y[tokens] = outputs.to(y.dtype)
 
     @staticmethod
     def dense_gemm(

@@ -12,6 +12,7 @@ from deltaweave.runtime_plugin.library import (
     Bias,
     BiasSlice,
     Embedding,
+    Gate,
     Gemm,
     Norm,
     Slice,
@@ -45,11 +46,46 @@ class Kernels:
         max_rank: int,
         in_offset: int,
         out_offsets: Sequence[int],
+        weights: Tensor | None,
     ) -> None:
         """Both stages, fused over the slices."""
         if len(x):
             gemm, workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
+            _weigh(gemm, weights)
             native_library().delta_gemm(gemm, _stream(workspace))
+
+    @staticmethod
+    def gate(arena: Tensor, directory: Tensor, slots: Tensor, x: Tensor, parameter: int, weights: Tensor) -> None:
+        """One block of threads a token."""
+        if not len(slots):
+            return
+        arguments = Gate(
+            batch=_batch(arena, directory, slots, x),
+            parameter=parameter,
+            features=x.shape[1],
+            x=x.data_ptr(),
+            x_stride=x.stride(0),
+            weights=weights.data_ptr(),
+            weights_stride=weights.stride(0),
+        )
+        native_library().gate_weights(arguments, _stream(x))
+
+    @staticmethod
+    def gated_lora(
+        arena: Tensor,
+        directory: Tensor,
+        plan: Tensor,
+        x: Tensor,
+        ys: Sequence[Tensor],
+        weights: Tensor,
+        parameters: Sequence[int],
+        max_rank: int,
+    ) -> None:
+        """Both stages of all experts, fused over the slices."""
+        if len(x):
+            gemm, workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, 0, [0] * len(ys))
+            _weigh(gemm, weights)
+            native_library().gated_lora(gemm, _stream(workspace))
 
     @staticmethod
     def dense_gemm(
@@ -179,3 +215,8 @@ def _gemm(
     workspace = torch.empty(native_library().workspace_bytes(gemm), dtype=torch.uint8, device=x.device)
     gemm.workspace, gemm.workspace_bytes = workspace.data_ptr(), workspace.numel()
     return gemm, workspace
+
+
+def _weigh(gemm: Gemm, weights: Tensor | None) -> None:
+    if weights is not None:
+        gemm.weights, gemm.weights_stride = weights.data_ptr(), weights.stride(0)

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 
 import torch
 from deltaweave.formats import DenseRecord, FactoredRecord, row_bytes
-from deltaweave.runtime_plugin.library import BAND_FIELDS, GRIDS, Field, RecordKind
+from deltaweave.runtime_plugin.library import BAND_FIELDS, GRIDS, MAX_EXPERTS, Field, RecordKind
 from deltaweave.runtime_plugin.pytorch.packed import DenseDelta, FactoredDelta, PackedRows, RowBand
-from deltaweave.runtime_plugin.records import Content, Rows
+from deltaweave.runtime_plugin.records import Content, LoraStack, Mix, Rows
 
 __all__ = ["HostRow"]
 
@@ -79,6 +79,29 @@ class HostRow:
         """A VALUES record, float32 [features]."""
         return self._view(self.fields[Field.VALUES], torch.float32, (features,))
 
+    def loras(self, shape: tuple[int, int]) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """A LORA record of a layer [out_features, in_features], an expert a triple.
+
+        Returns:
+            A [rank, in_features] float16, B's columns [rank, out_features] float16, sigma [rank] float32.
+        """
+        return [
+            (
+                self._view(band.v, torch.float16, (band.rank, shape[1])),
+                self._view(band.u, torch.float16, (band.rank, shape[0])),
+                self._view(start, torch.float32, (band.rank,)),
+            )
+            for band, start in self._sigma_places()
+        ]
+
+    def mix(self, hidden_size: int) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """A MIX record, float32: (the gate's weight [experts, hidden_size] or None, bias [experts], temperature [])."""
+        experts = self.fields[Field.ROWS]
+        numbers = self._view(self.fields[Field.HEADER], torch.float32, (MAX_EXPERTS + 1,))
+        start = self.fields[Field.VALUES]
+        weight = self._view(start, torch.float32, (experts, hidden_size)) if start else None
+        return weight, numbers[:experts], numbers[-1]
+
     def _bands(self) -> Iterator[HostBand]:
         for number in range(self.fields[Field.BAND_COUNT]):
             shape, *places = self.fields[Field.BANDS + number * BAND_FIELDS :][:BAND_FIELDS]
@@ -128,8 +151,24 @@ class HostRow:
             indices.copy_(torch.from_numpy(content.indices))
             values = self._view(next(self._bands()).v, torch.float16, content.values.shape)
             values.copy_(torch.from_numpy(content.values))
+        elif isinstance(content, LoraStack):
+            self._write_loras(content)
+        elif isinstance(content, Mix):
+            numbers = content.numbers()
+            self._view(self.fields[Field.HEADER], torch.float32, numbers.shape).copy_(torch.from_numpy(numbers))
+            if content.weight is not None:
+                weight = self._view(self.fields[Field.VALUES], torch.float32, content.weight.shape)
+                weight.copy_(torch.from_numpy(content.weight))
         else:
             self._view(self.fields[Field.VALUES], torch.float32, content.shape).copy_(torch.from_numpy(content))
+
+    def _write_loras(self, content: LoraStack) -> None:
+        into = self.loras((content.b[0].shape[1], content.a[0].shape[1]))
+        sigmas = torch.from_numpy(content.sigma).split(list(content.ranks))
+        for (a, b, sigma), from_a, from_b, from_sigma in zip(into, content.a, content.b, sigmas, strict=True):
+            a.copy_(torch.from_numpy(from_a))
+            b.copy_(torch.from_numpy(from_b))
+            sigma.copy_(from_sigma)
 
     def _write_rows(self, side: str, source: PackedRows) -> None:
         target = self._rows(side, source.length)

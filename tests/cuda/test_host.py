@@ -20,6 +20,7 @@ from deltaweave.runtime_plugin.library import (
     Bias,
     Embedding,
     Field,
+    Gate,
     Gemm,
     Library,
     LibraryError,
@@ -308,6 +309,54 @@ def test_bad_weights_are_refused(library, weights, stride, message):
         library.delta_gemm(gemm)
 
 
+def test_gated_lora_needs_weights(library):
+    gemm = good_gemm(library)
+    with pytest.raises(LibraryError, match=r"no weights, expected float \[token_count, 8\]"):
+        library.gated_lora(gemm)
+
+
+def good_gate():
+    batch = Batch(arena=256, directory=256, slots=256, parameter_count=2, slot_count=4, token_count=4, dtype=0)
+    return Gate(batch=batch, parameter=1, features=64, x=256, x_stride=64, weights=256, weights_stride=8)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("parameter", 2, "parameter 2, expected 0 to 1"),
+        ("features", 0, "features 0"),
+        ("x", 257, "x is not aligned to 2 bytes"),
+        ("x_stride", 63, "x_stride 63, expected 64"),
+        ("weights", 258, "weights is not aligned to 4 bytes"),
+        ("weights_stride", 7, "weights_stride 7, expected 8"),
+    ],
+)
+def test_bad_gates_are_refused(library, field, value, message):
+    gate = good_gate()
+    setattr(gate, field, value)
+    with pytest.raises(LibraryError, match=message):
+        library.gate_weights(gate)
+
+
+def test_mix_and_lora_rows(library):
+    """A gate's directory row leads to its numbers and weight; without a weight to its numbers alone."""
+    parameters = [Parameter(ParameterKind.GATE, 100, 1, 0, 0), Parameter(ParameterKind.LINEAR, 100, 60, 0, 0)]
+    with Arena(library, device_address=0, size=1 << 20, slots=2, parameters=parameters, max_rank=64) as arena:
+        gated = arena.reserve([Record.mix(0, 3, True), Record.lora(1, [5, 0, 17])])
+        fixed = arena.reserve([Record.mix(0, 2, False)])
+        for slot in (gated, fixed):
+            arena.commit(slot)
+        gate, linear = arena.directory_rows(gated)
+        place = arena.payload(gated, 0)
+        assert gate[Field.KIND] == RecordKind.MIX + 1 and gate[Field.ROWS] == 3
+        assert gate[Field.HEADER] == place.offset and gate[Field.VALUES] == place.offset + 256
+        assert place.bytes == 256 + 1280
+        assert linear[Field.KIND] == RecordKind.LORA + 1 and linear[Field.PADDED_RANK] == 16 + 32
+        assert [shape_of(band_fields(linear, band)) for band in range(3)] == [(16, 0, 5), (16, 0, 0), (16, 0, 17)]
+        row = arena.directory_rows(fixed)[0]
+        assert row[Field.ROWS] == 2 and row[Field.VALUES] == 0 and not any(row[Field.BANDS :])
+
+
 def test_workspace_holds_the_intermediates(library):
     gemm = good_gemm(library)
     least = 4 * 256 * 2 + 4 * 128 * 4
@@ -389,3 +438,4 @@ def test_structs_have_the_size_of_the_header():
     assert ctypes.sizeof(Norm) == 40 + 4 * 4 + 8 * 7
     assert ctypes.sizeof(Bias) == 40 + 8 + 4 * 32
     assert ctypes.sizeof(Embedding) == 40 + 4 * 4 + 8 * 5
+    assert ctypes.sizeof(Gate) == 40 + 4 * 2 + 8 * 4

@@ -142,7 +142,7 @@ def test_full_arena_takes_nothing(library):
         (Record.shared(HEAD, HEAD), "parameter 2 shares the record of 2, which has none of its own"),
         (Record.shared(HEAD, 77), "parameter 2 shares the record of 77"),
         (Record.shared(HEAD, -2), "parameter 2 shares the record of -2"),
-        (Record(parameter=Q, kind=9, shares=-1), "parameter 0: record kind 9, expected 0 to 3"),
+        (Record(parameter=Q, kind=9, shares=-1), "parameter 0: record kind 9, expected 0 to 5"),
     ],
 )
 def test_bad_records_are_refused(arena, record, message):
@@ -185,7 +185,7 @@ def test_sharing_is_checked(arena):
 @pytest.mark.parametrize(
     ("parameter", "message"),
     [
-        (Parameter(3, 8, 8, 0, 0), "kind 3, expected 0 to 2"),
+        (Parameter(4, 8, 8, 0, 0), "kind 4, expected 0 to 3"),
         (Parameter(-1, 8, 8, 0, 0), "kind -1"),
         (Parameter(ParameterKind.VECTOR, 8, 2, 0, 0), "out_features 2, expected 1 to 1"),
         (Parameter(ParameterKind.VECTOR, 262145, 1, 0, 0), "in_features 262145, expected 1 to 262144"),
