@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checks of a delta against its own checksums, its base, and the fine-tune it stands for."""
+"""Checks of a delta or fusion against its own checksums, its base, and the files and fine-tune it stands for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,19 @@ import torch
 from deltaweave.converter.apply import tuned_names, tuned_tensor
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.plan import Progress, silent
-from deltaweave.formats import Delta
+from deltaweave.formats import (
+    BaseIdentity,
+    Delta,
+    DeltaReference,
+    DeltaweaveError,
+    FormatError,
+    Fusion,
+    LoraReference,
+    is_fusion,
+    read_fusion,
+    resolve_expert,
+    verify_fusion,
+)
 
 __all__ = ["Check", "verify"]
 
@@ -40,23 +52,29 @@ def verify(
     tuned: str | Path | None = None,
     progress: Progress = silent,
 ) -> Iterator[Check]:
-    """Checks a delta file; yields each result as it is known.
+    """Checks a delta or fusion file; yields each result as it is known.
 
     Args:
-        path: the delta file.
+        path: the file. Of a fusion, the files that it names are checked too.
         base: Hugging Face folder; if given, every tensor's SHA-256 is compared with the header's.
-        tuned: Hugging Face folder; if given (with `base`), every tensor of base + delta is compared with it.
+        tuned: Hugging Face folder; if given (with `base`), every tensor of base + delta is compared with it. A fusion
+            stands for none.
         progress: told how far the work is.
 
     Raises:
-        DeltaweaveError: a file that cannot be opened at all.
+        DeltaweaveError: a file that cannot be opened at all; `tuned` for a fusion.
     """
+    if is_fusion(path):
+        if tuned is not None:
+            raise DeltaweaveError(f"{path}: a fusion stands for no fine-tune that --tuned could be compared with")
+        yield from _fusion(Path(path), base, progress)
+        return
     with Delta.open(path) as delta:
         yield from _integrity(delta)
         if base is None:
             return
         checkpoint = Checkpoint.open(base)
-        yield from _base(delta, checkpoint, progress)
+        yield from _base(delta.header.base, checkpoint, progress)
         if tuned is not None:
             yield from _errors(delta, checkpoint, Checkpoint.open(tuned), progress)
 
@@ -69,8 +87,38 @@ def _integrity(delta: Delta) -> Iterator[Check]:
         yield Check("integrity", True, f"every stored tensor has its checksum ({len(delta.names)} records)")
 
 
-def _base(delta: Delta, base: Checkpoint, progress: Progress) -> Iterator[Check]:
-    expected = delta.header.base
+def _fusion(path: Path, base: str | Path | None, progress: Progress) -> Iterator[Check]:
+    fusion = read_fusion(path)
+    problems = verify_fusion(path)
+    for problem in problems:
+        yield Check("integrity", False, str(problem))
+    if not problems:
+        yield Check("integrity", True, f"every stored tensor has its checksum ({len(fusion.experts)} experts)")
+    for expert in fusion.experts:
+        if isinstance(expert, (LoraReference, DeltaReference)):
+            yield _named_file(path, fusion, expert)
+    if base is not None:
+        yield from _base(fusion.base, Checkpoint.open(base), progress)
+
+
+def _named_file(path: Path, fusion: Fusion, expert: LoraReference | DeltaReference) -> Check:
+    """Whether an expert's own file is there, is the one that was meant, and has its checksums."""
+    try:
+        resolve_expert(path.parent, expert, fusion)
+        file = path.parent / expert.path
+        if isinstance(expert, DeltaReference):
+            with Delta.open(file) as delta:
+                problems = delta.verify()
+        else:
+            problems = verify_fusion(file)
+    except FormatError as error:
+        return Check("expert", False, f"{expert.name}: {error}")
+    if problems:
+        return Check("expert", False, f"{expert.name}: {file}: {problems[0]}")
+    return Check("expert", True, f"{expert.name} is {file.name}, with its checksums")
+
+
+def _base(expected: BaseIdentity, base: Checkpoint, progress: Progress) -> Iterator[Check]:
     found = base.identity(lambda done, total: progress("hashing the base", done, total))
     if found.root == expected.root:
         yield Check("base", True, f"{base.folder} is {expected.name}, root {expected.root[:12]}")

@@ -1,16 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a delta file holds, as plain data: for `inspect`, for reports, and for anyone who asks from Python."""
+"""What a delta or fusion file holds, as plain data: for `inspect`, for reports, and for anyone who asks from Python."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from deltaweave.converter import published_alpha
 from deltaweave.formats import (
     BaseRecord,
     Delta,
+    DeltaReference,
     DenseRecord,
+    Expert,
     FactoredRecord,
+    FixedGate,
+    Fusion,
+    Lora,
+    LoraReference,
     Record,
     ReplaceRecord,
     RowsRecord,
@@ -18,7 +25,7 @@ from deltaweave.formats import (
     factored_bytes,
 )
 
-__all__ = ["RecordSummary", "summarize"]
+__all__ = ["ExpertSummary", "RecordSummary", "describe_gate", "summarize", "summarize_experts"]
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,68 @@ class RecordSummary:
     def bands_text(self) -> str:
         """Bands as a user writes them, such as `8:2,3:32,2:893`."""
         return ",".join(f"{bits}:{rank}" for bits, rank in self.bands)
+
+
+@dataclass(frozen=True)
+class ExpertSummary:
+    """One expert of a fusion.
+
+    Attributes:
+        name: what it calls itself.
+        kind: `lora`, inlined, or `reference` or `delta`, in a file of its own.
+        ranks: of its matrices, rising; None if another file holds them.
+        targets: kinds of layers that it changes (`q_proj`); None likewise.
+        modules: number of layers that it changes; None likewise.
+        bytes: stored in the fusion.
+        path: name of that other file.
+        header_sha256: digest of that file's header.
+    """
+
+    name: str
+    kind: str
+    ranks: tuple[int, ...] | None = None
+    targets: tuple[str, ...] | None = None
+    modules: int | None = None
+    bytes: int = 0
+    path: str | None = None
+    header_sha256: str | None = None
+
+
+def summarize_experts(fusion: Fusion) -> list[ExpertSummary]:
+    """The experts of a fusion as it was read, in the gate's order."""
+    return [_expert(expert) for expert in fusion.experts]
+
+
+def describe_gate(fusion: Fusion) -> dict[str, Any]:
+    """A fusion's gate for machines: `kind`, and weights, or temperature, layers and hidden_size."""
+    gate = fusion.gate
+    if isinstance(gate, FixedGate):
+        return {"kind": "fixed", "weights": list(gate.weights)}
+    block = next(iter(gate.blocks.values()))
+    return {
+        "kind": "token",
+        "layers": len(gate.blocks),
+        "hidden_size": int(block.weight.data.shape[1]),
+        "temperature": gate.temperature,
+        "dtype": block.weight.dtype,
+    }
+
+
+def _expert(expert: Expert) -> ExpertSummary:
+    if isinstance(expert, (LoraReference, DeltaReference)):
+        kind = "reference" if isinstance(expert, LoraReference) else "delta"
+        return ExpertSummary(expert.name, kind, path=expert.path, header_sha256=expert.header_sha256)
+    if not isinstance(expert, Lora):
+        return ExpertSummary(expert.name, "delta", path=expert.delta.path.name)
+    matrices = expert.modules.values()
+    return ExpertSummary(
+        expert.name,
+        "lora",
+        ranks=tuple(sorted({matrix.rank for matrix in matrices})),
+        targets=tuple(sorted({name.rpartition(".")[2] for name in expert.modules})),
+        modules=len(matrices),
+        bytes=sum(matrix.a.data.nbytes + matrix.b.data.nbytes for matrix in matrices),
+    )
 
 
 def summarize(delta: Delta) -> list[RecordSummary]:

@@ -35,8 +35,10 @@ from deltaweave.formats.records import NUMPY_DTYPES, ExactArray
 __all__ = [
     "FUSION_NAME",
     "fusion_digest",
+    "is_fusion",
     "parse_fusion",
     "read_fusion",
+    "resolve_expert",
     "resolve_fusion",
     "verify_fusion",
     "write_fusion",
@@ -84,6 +86,14 @@ def write_fusion(path: str | Path, fusion: Fusion, *, force: bool = False) -> Pa
     return path
 
 
+def is_fusion(path: str | Path) -> bool:
+    """Whether a file says that it is a fusion; what cannot be read is none."""
+    try:
+        return Container.open(path).metadata.get("format") == FUSION_NAME
+    except FormatError:
+        return False
+
+
 def read_fusion(path: str | Path) -> Fusion:
     """Opens a fusion file; matrices are views of the mapped file.
 
@@ -107,11 +117,20 @@ def resolve_fusion(path: str | Path) -> Fusion:
     """
     fusion = read_fusion(path)
     folder = Path(path).parent
-    experts = tuple(_resolved(folder, expert, fusion) for expert in fusion.experts)
+    experts = tuple(resolve_expert(folder, expert, fusion) for expert in fusion.experts)
     try:
         return replace(fusion, experts=experts)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+def resolve_expert(folder: Path, expert: Expert, fusion: Fusion) -> Expert:
+    """One expert of a fusion that lies in `folder`, with the file that it names; see `resolve_fusion`."""
+    if isinstance(expert, LoraReference):
+        return _resolved_lora(folder / expert.path, expert, fusion)
+    if isinstance(expert, DeltaReference):
+        return _resolved_delta(folder / expert.path, expert, fusion)
+    return expert
 
 
 def fusion_digest(path: str | Path) -> str:
@@ -313,14 +332,6 @@ def _digests(fields: Fields) -> dict[str, str]:
 def _require_all_tensors(container: Container, claimed: set[str]) -> None:
     if unclaimed := sorted(container.tensors.keys() - claimed):
         raise FormatError(f"{container.path}: tensor {unclaimed[0][:200]} belongs to no expert and no gate")
-
-
-def _resolved(folder: Path, expert: Expert, fusion: Fusion) -> Expert:
-    if isinstance(expert, LoraReference):
-        return _resolved_lora(folder / expert.path, expert, fusion)
-    if isinstance(expert, DeltaReference):
-        return _resolved_delta(folder / expert.path, expert, fusion)
-    return expert
 
 
 def _resolved_delta(path: Path, reference: DeltaReference, fusion: Fusion) -> DeltaExpert:

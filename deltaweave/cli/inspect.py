@@ -12,20 +12,23 @@ from rich import box
 from rich.table import Table
 
 from deltaweave.cli.console import format_bytes, output, print_json
-from deltaweave.formats import Delta
-from deltaweave.inspection import RecordSummary, summarize
+from deltaweave.formats import Delta, Fusion, is_fusion, read_fusion
+from deltaweave.inspection import RecordSummary, describe_gate, summarize, summarize_experts
 
 __all__ = ["inspect_command", "print_totals", "totals"]
 
 
 def inspect_command(
-    delta: Annotated[Path, typer.Argument(help="Delta file.")],
+    delta: Annotated[Path, typer.Argument(help="Delta or fusion file.")],
     json_output: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what a delta holds: bands, bytes, ratios and errors per record, then the whole file.
+    """Show what a file holds: a delta's bands, bytes, ratios and errors per record; a fusion's experts and gate.
 
     Example: deltaweave inspect wizardmath.safetensors --json | jq .bytes
     """
+    if is_fusion(delta):
+        _inspect_fusion(delta, read_fusion(delta), json_output)
+        return
     with Delta.open(delta) as opened:
         if json_output:
             records = [{**asdict(record), "bands": record.bands_text} for record in summarize(opened)]
@@ -33,6 +36,43 @@ def inspect_command(
             return
         output.print(_records_table(summarize(opened)))
         print_totals(opened)
+
+
+def _inspect_fusion(path: Path, fusion: Fusion, json_output: bool) -> None:
+    experts, gate = summarize_experts(fusion), describe_gate(fusion)
+    if json_output:
+        print_json(
+            {
+                "path": str(path),
+                "base": {"name": fusion.base.name, "root": fusion.base.root},
+                "method": dict(fusion.method),
+                "training": None if fusion.training is None else dict(fusion.training),
+                "experts": [asdict(expert) for expert in experts],
+                "gate": gate,
+            }
+        )
+        return
+    table = Table("expert", "kind", "rank", "layers", "targets", "bytes", "file", box=box.SIMPLE_HEAD, pad_edge=False)
+    for expert in experts:
+        table.add_row(
+            expert.name,
+            expert.kind,
+            ", ".join(map(str, expert.ranks or ())),
+            "" if expert.modules is None else str(expert.modules),
+            ", ".join(expert.targets or ()),
+            format_bytes(expert.bytes) if expert.bytes else "",
+            "" if expert.path is None else f"{expert.path} {(expert.header_sha256 or '')[:12]}".rstrip(),
+        )
+    output.print(table)
+    output.print(
+        f"{path.name}: {fusion.method['name']} over {fusion.base.name}, root {fusion.base.root[:12]}", markup=False
+    )
+    if gate["kind"] == "fixed":
+        output.print("weights " + ", ".join(f"{weight:g}" for weight in gate["weights"]))
+    else:
+        output.print(
+            f"gates of {gate['layers']} layers, hidden_size {gate['hidden_size']}, temperature {gate['temperature']:g}"
+        )
 
 
 def totals(delta: Delta) -> dict[str, Any]:

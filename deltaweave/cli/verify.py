@@ -16,12 +16,12 @@ __all__ = ["verify_command"]
 
 
 def verify_command(
-    delta: Annotated[Path, typer.Argument(help="Delta file.")],
+    delta: Annotated[Path, typer.Argument(help="Delta or fusion file.")],
     base: Annotated[Path | None, typer.Option(help="Compare every tensor's digest of this base.")] = None,
     tuned: Annotated[Path | None, typer.Option(help="Compare base + delta with this fine-tune.")] = None,
     json_output: Annotated[bool, typer.Option("--json", help="Print the checks as JSON.")] = False,
 ) -> None:
-    """Check a delta's integrity, its base, and its errors; exit status 1 if a check fails.
+    """Check a file's integrity, its base, and a delta's errors or a fusion's experts; exit status 1 if a check fails.
 
     Example: deltaweave verify wizardmath.safetensors --base Llama-2-7b-hf --tuned WizardMath-7B
     """
