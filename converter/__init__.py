@@ -1,7 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints to deltas, and back."""
 
-from deltaweave.converter.apply import apply, require_base, tuned_names, tuned_tensor, write_side_files
+from deltaweave.converter.apply import (
+    apply,
+    require_base,
+    require_identity,
+    tuned_names,
+    tuned_tensor,
+    write_side_files,
+)
 from deltaweave.converter.bitdelta import BitDeltaOptions, compress_bitdelta
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.compress import compress
@@ -46,6 +53,7 @@ __all__ = [
     "plan_compression",
     "published_alpha",
     "require_base",
+    "require_identity",
     "tuned_names",
     "tuned_tensor",
     "verify",

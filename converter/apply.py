@@ -67,15 +67,20 @@ def apply(
 
 
 def require_base(base: Checkpoint, delta: Delta, *, accept: bool = False) -> None:
-    """Refuses a base that is not the delta's; compares sampled bytes of every tensor (`verify` compares all).
+    """Refuses a base that is not the delta's; see `require_identity`."""
+    require_identity(base, delta.header.base, delta.path, accept=accept)
+
+
+def require_identity(base: Checkpoint, expected: BaseIdentity, path: str | Path, *, accept: bool = False) -> None:
+    """Refuses a base that is not the one that a file was made from; compares sampled bytes of every tensor (`verify` compares all).
 
     Raises:
         CheckpointError: naming both.
     """
-    if not accept and base.fingerprint() != delta.header.base.fingerprint:
+    if not accept and base.fingerprint() != expected.fingerprint:
         raise CheckpointError(
-            f"{base.folder}: is not the base that {delta.path} was made from ({delta.header.base.name}, root "
-            f"{delta.header.base.root[:12]}); --accept-base takes it all the same"
+            f"{base.folder}: is not the base that {path} was made from ({expected.name}, root "
+            f"{expected.root[:12]}); --accept-base takes it all the same"
         )
 
 

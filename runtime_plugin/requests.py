@@ -64,7 +64,7 @@ class Request:
 
     Attributes:
         tokens: the prompt, at least one.
-        tenant: None for the base.
+        tenant: a fine-tune or fusion; None for the base.
         max_new_tokens: at most so many.
         stop: tokens that end the text.
         sampling: how its tokens are chosen.

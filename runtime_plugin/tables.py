@@ -25,10 +25,11 @@ from deltaweave.runtime_plugin.library import Parameter, ParameterKind
 from deltaweave.runtime_plugin.records import Content, Rows, ServedRecord
 from numpy.typing import NDArray
 
-__all__ = ["EMBEDDING", "HEAD", "BaseParameter", "BaseValues", "Table", "served_records"]
+__all__ = ["BLOCKS", "EMBEDDING", "HEAD", "BaseParameter", "BaseValues", "Table", "served_records"]
 
 MAX_RANK = 4096  # DW_MAX_RANK
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+BLOCKS = "model.layers."  # and a number: a decoder block, and the parameter that its gate is
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,11 @@ class Table:
         if name not in self._entries:
             raise AttachError(f"{name}: the model has no such parameter, so no tenant can change it")
         return self._entries[name]
+
+    @property
+    def names(self) -> list[str]:
+        """All parameters, in the directory's order."""
+        return list(self._entries)
 
     def name(self, index: int) -> str:
         """The name of a row of the directory."""

@@ -145,4 +145,4 @@ class ExportedGraph:
             found = dict(zip(self._outputs, self._run.run(None, feeds), strict=True))
         self._lengths = self._lengths + lengths
         self._cache = {name: found[name.replace("past_", "present_")] for name in self._cache}
-        return found["tokens"], found["logits"]
+        return found["tokens"][:, 0], found["logits"]

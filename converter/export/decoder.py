@@ -69,7 +69,7 @@ def graph_inputs(decoder: Decoder, sizes: GraphSizes, parameters: int) -> list[G
 def graph_outputs(decoder: Decoder, sizes: GraphSizes) -> list[GraphTensor]:
     """The outputs; the cache's lie where its inputs do."""
     return [
-        GraphTensor(name="tokens", dtype="int64", shape=("batch",)),
+        GraphTensor(name="tokens", dtype="int64", shape=("batch", 1)),
         GraphTensor(name="logits", dtype="float32", shape=("batch", sizes.vocabulary)),
     ] + [
         GraphTensor(name=f"present_{what}_{layer}", dtype=sizes.dtype, shape=_cache_shape(decoder, sizes))
@@ -251,7 +251,8 @@ class _DecoderBuilder:
         present = graph.node("Less", [graph.constant(np.arange(sizes.vocabulary), np.int64), known])
         nothing = graph.constant(-np.inf, np.float32)
         logits = graph.node("Where", [present, graph.cast(y, "float32"), nothing], ["logits"])
-        graph.node("ArgMax", [logits], ["tokens"], axis=1, keepdims=0)
+        # The dimension is kept because TensorRT-RTX 1.6 aborts while it builds one that is dropped.
+        graph.node("ArgMax", [logits], ["tokens"], axis=1, keepdims=1)
 
     def _weight(self, name: str, *, transposed: bool = False) -> str:
         stored = self._decoder.checkpoint.resolve(name)

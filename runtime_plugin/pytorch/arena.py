@@ -11,23 +11,23 @@ import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from deltaweave.formats import Delta, DeltaweaveError
+from deltaweave.formats import Delta, DeltaExpert, DeltaweaveError, Fusion, is_fusion, resolve_fusion
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, LibraryError
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, Tenant, load_tenant
+from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, Tenant, load_fusion, load_tenant
 from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader, HostUploader, Ready, Uploader
 from deltaweave.runtime_plugin.records import ServedRecord
 from deltaweave.runtime_plugin.tables import EMBEDDING
 from torch import nn
 
-__all__ = ["Arena", "ArenaError", "SlotSettings"]
+__all__ = ["Arena", "ArenaError", "FusionWork", "SlotSettings"]
 
 ALIGNMENT = 256
 
@@ -41,6 +41,7 @@ class _Entry:
     """A tenant, its bytes on the host, and its place in the arena if it has one.
 
     Attributes:
+        experts: of a fusion, those that are deltas, by their places; they come and stay with it.
         ready: the upload that its directory rows still wait for.
     """
 
@@ -49,6 +50,25 @@ class _Entry:
     slot: int | None = None
     ready: Ready | None = None
     pins: int = 0
+    experts: dict[int, _Entry] = field(default_factory=dict)
+
+    @property
+    def parts(self) -> list[_Entry]:
+        """Everything that needs a slot for it to be served."""
+        return [self, *self.experts.values()]
+
+
+@dataclass(frozen=True)
+class FusionWork:
+    """What a step does for fusions, whichever rows are theirs: captured graphs hold for one of these.
+
+    Attributes:
+        gated: some tenant is a fusion.
+        delta_experts: places at which some fusion has a delta as its expert, rising.
+    """
+
+    gated: bool = False
+    delta_experts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -142,7 +162,7 @@ class Arena:
             LibraryError: libdeltaweave is not built, or cannot serve such shapes.
         """
         home = torch.device(device) if device is not None else next(model.parameters()).device
-        table = ParameterTable(model, vocabulary)
+        table = ParameterTable(model, vocabulary, gates=True)
         return cls(
             table,
             capacity_bytes=capacity_bytes,
@@ -163,33 +183,45 @@ class Arena:
         """A tenant by its name."""
         return self._entry(name).tenant
 
-    def add(self, delta: Delta | str | Path, name: str | None = None, *, accept_base: bool = False) -> Tenant:
-        """Makes a fine-tune a tenant: its bytes go to host memory and, evicting others if need be, to the device.
+    @property
+    def fusion_work(self) -> FusionWork:
+        """What a step has to do for the fusions among the tenants."""
+        tenants = [entry.tenant for entry in self._entries.values()]
+        places = {place for tenant in tenants for place in tenant.experts}
+        return FusionWork(any(tenant.is_fusion for tenant in tenants), tuple(sorted(places)))
+
+    def add(self, source: Delta | Fusion | str | Path, name: str | None = None, *, accept_base: bool = False) -> Tenant:
+        """Makes a fine-tune or fusion a tenant: its bytes go to host memory and, evicting others if need be, on the device.
 
         The host does not wait for the upload; the first step that uses the tenant does, on the device.
 
         Args:
-            delta: a file, or one that is open (and may be closed afterwards).
+            source: a file; or a delta that is open, or a fusion read by `resolve_fusion` (which may be closed
+                afterwards).
             name: what requests call it; None for the file's name without its ending.
-            accept_base: do not compare the model's weights with the base that the delta was made from.
+            accept_base: do not compare the model's weights with the base that the file was made from.
 
         Raises:
             AttachError: another base, or a record that an arena does not serve.
             ArenaError: the name is taken.
             ArenaFullError: it cannot fit beside the tenants that are pinned or in use. It is then no tenant.
         """
-        if not isinstance(delta, Delta):
-            with Delta.open(delta) as opened:
-                return self.add(opened, name, accept_base=accept_base)
-        chosen = delta.path.name.partition(".")[0] if name is None else name
-        if chosen in self._entries:
-            raise ArenaError(f"{delta.path}: a tenant {chosen!r} is there already")
-        tenant = load_tenant(self.table, delta, chosen, accept_base=accept_base)
-        self._require_room(tenant)
-        entry = _Entry(tenant, self._uploader.hold(tenant.records))
-        self._bring(entry)
-        self._entries[chosen] = entry
-        return tenant
+        if isinstance(source, Delta):
+            return self._add_delta(source, name, accept_base)
+        if isinstance(source, Fusion):
+            if name is None:
+                raise ArenaError("a fusion that was read has no name: give it one")
+            return self._add_fusion(source, Path(name), name, accept_base)
+        if not is_fusion(source):
+            with Delta.open(source) as opened:
+                return self._add_delta(opened, name, accept_base)
+        fusion = resolve_fusion(source)
+        try:
+            return self._add_fusion(fusion, Path(source), name, accept_base)
+        finally:
+            for expert in fusion.experts:
+                if isinstance(expert, DeltaExpert):
+                    expert.delta.close()
 
     def remove(self, name: str) -> None:
         """Forgets a tenant, on the host too.
@@ -198,7 +230,7 @@ class Arena:
             ArenaError: no such tenant, or a pinned one.
         """
         self.evict(name)
-        del self._entries[name]
+        del self._entries[name]  # a fusion's experts are its own, and go with it
 
     def evict(self, name: str) -> None:
         """Takes a tenant off the device; its bytes are reused once the last step with it is done.
@@ -209,14 +241,17 @@ class Arena:
         entry = self._entry(name)
         if entry.pins:
             raise ArenaError(f"tenant {name!r} is pinned")
-        if entry.slot is not None:
-            self._release(entry)
+        for part in entry.parts:
+            if part.slot is not None:
+                self._release(part)
 
     def pin(self, name: str) -> None:
         """Makes a tenant resident and keeps it so, until unpinned as often."""
-        [slot] = self.resident([name])
-        self._book.pin(slot)
-        self._entry(name).pins += 1
+        self.resident([name])
+        entry = self._entry(name)
+        for slot in _slots(entry.parts):
+            self._book.pin(slot)
+        entry.pins += 1
 
     def unpin(self, name: str) -> None:
         """Undoes one `pin`.
@@ -227,12 +262,13 @@ class Arena:
         entry = self._entry(name)
         if not entry.pins or entry.slot is None:
             raise ArenaError(f"tenant {name!r} is not pinned")
-        self._book.unpin(entry.slot)
+        for slot in _slots(entry.parts):
+            self._book.unpin(slot)
         entry.pins -= 1
 
     def is_resident(self, name: str) -> bool:
-        """Whether a tenant has a slot."""
-        return self._entry(name).slot is not None
+        """Whether a tenant has a slot, and so have a fusion's experts."""
+        return all(part.slot is not None for part in self._entry(name).parts)
 
     def resident(self, names: Iterable[str | None]) -> list[int]:
         """The slots of some tenants, which are brought to the device where they are not; None, the base, has -1.
@@ -244,16 +280,8 @@ class Arena:
             ArenaFullError: they do not fit together, or beside what is pinned or in use.
         """
         wanted = [None if name is None else self._entry(name) for name in names]
-        distinct = list({id(entry): entry for entry in wanted if entry is not None}.values())
-        held: list[int] = []
-        try:
-            for entry in sorted(distinct, key=lambda entry: entry.slot is None):
-                slot = self._bring(entry) if entry.slot is None else entry.slot
-                self._book.pin(slot)
-                held.append(slot)
-        finally:
-            for slot in held:
-                self._book.unpin(slot)
+        distinct = list({id(part): part for entry in wanted if entry is not None for part in entry.parts}.values())
+        self._bring_together(distinct)
         for entry in distinct:
             self._publish(entry)
         return [-1 if entry is None or entry.slot is None else entry.slot for entry in wanted]
@@ -263,8 +291,9 @@ class Arena:
         """A step with some tenants: gives their slots, whose bytes stay until the device is done with the step."""
         self._collect()
         slots = self.resident(names)
-        number = self._book.begin_step(slots)
-        used = {slot for slot in slots if slot >= 0}
+        entries = [self._entry(name) for name in set(names) if name is not None]
+        used = {slot for entry in entries for slot in _slots(entry.parts)}
+        number = self._book.begin_step(used)
         for slot in used:  # whoever is added meanwhile must not take the place of a tenant whose kernels are to come
             self._book.pin(slot)
         try:
@@ -276,6 +305,11 @@ class Arena:
                 self._open_steps.append((number, torch.cuda.current_stream(self.buffer.device).record_event()))
             else:
                 self._book.end_step(number)
+
+    def expert_slots(self, names: Sequence[str | None], place: int) -> list[int]:
+        """Slots of the deltas that are the experts at a place of some resident tenants' gates; -1 for none."""
+        entries = [None if name is None else self._entry(name).experts.get(place) for name in names]
+        return [-1 if entry is None or entry.slot is None else entry.slot for entry in entries]
 
     def stats(self) -> ArenaStats:
         """Bytes and slots, free and used."""
@@ -291,8 +325,41 @@ class Arena:
         self._book.release_graph()
 
     def tenant_bytes(self, name: str) -> int:
-        """Device bytes that a tenant takes."""
-        return self._bytes(self._entry(name).tenant)
+        """Device bytes that a tenant takes, a fusion's experts included."""
+        return sum(self._bytes(part.tenant) for part in self._entry(name).parts)
+
+    def _add_delta(self, delta: Delta, name: str | None, accept_base: bool) -> Tenant:
+        chosen = self._free_name(delta.path, name)
+        return self._admit(load_tenant(self.table, delta, chosen, accept_base=accept_base))
+
+    def _add_fusion(self, fusion: Fusion, path: Path, name: str | None, accept_base: bool) -> Tenant:
+        chosen = self._free_name(path, name)
+        return self._admit(load_fusion(self.table, fusion, chosen, path, accept_base=accept_base))
+
+    def _free_name(self, path: Path, name: str | None) -> str:
+        chosen = path.name.partition(".")[0] if name is None else name
+        if chosen in self._entries:
+            raise ArenaError(f"{path}: a tenant {chosen!r} is there already")
+        return chosen
+
+    def _admit(self, tenant: Tenant) -> Tenant:
+        """Holds a tenant's bytes and brings them to the device; without room for them it is none."""
+        self._require_room(tenant)
+        entry = self._held(tenant)
+        entry.experts = {place: self._held(expert) for place, expert in tenant.experts.items()}
+        self._entries[tenant.name] = entry
+        try:
+            self._bring_together(entry.parts)
+        except BaseException:
+            for part in entry.parts:
+                if part.slot is not None:
+                    self._release(part)
+            del self._entries[tenant.name]
+            raise
+        return tenant
+
+    def _held(self, tenant: Tenant) -> _Entry:
+        return _Entry(tenant, self._uploader.hold(tenant.records))
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:
@@ -304,10 +371,12 @@ class Arena:
 
     def _require_room(self, tenant: Tenant) -> None:
         """Refuses what would not fit into the empty arena, before anybody is evicted for it."""
-        for record in tenant.records:
-            if record.content is not None:
-                self._require_servable(tenant, record)
-        size, whole = self._bytes(tenant), self._book.stats().bytes
+        parts = [tenant, *tenant.experts.values()]
+        for part in parts:
+            for record in part.records:
+                if record.content is not None:
+                    self._require_servable(part, record)
+        size, whole = sum(map(self._bytes, parts)), self._book.stats().bytes
         if size > whole:
             raise ArenaFullError(f"tenant {tenant.name!r} takes {size} bytes, the arena has {whole}")
 
@@ -316,6 +385,18 @@ class Arena:
             self._book.tenant_bytes([record.shape()])
         except LibraryError as error:
             raise AttachError(f"{tenant.path}: {self.table.name(record.parameter)}: {error}") from error
+
+    def _bring_together(self, entries: Sequence[_Entry]) -> None:
+        """Gives all of them a slot; none makes room for another."""
+        held: list[int] = []
+        try:
+            for entry in sorted(entries, key=lambda entry: entry.slot is None):
+                slot = self._bring(entry) if entry.slot is None else entry.slot
+                self._book.pin(slot)
+                held.append(slot)
+        finally:
+            for slot in held:
+                self._book.unpin(slot)
 
     def _bring(self, entry: _Entry) -> int:
         """Takes a slot, evicting the least recently used tenants that stand in the way, and begins the upload."""
@@ -345,7 +426,8 @@ class Arena:
             victim = self._book.least_recent()
         except ArenaFullError:
             raise ArenaFullError(f"tenant {name!r} does not fit: {full}; nothing is left to evict") from full
-        self._release(next(entry for entry in self._entries.values() if entry.slot == victim))
+        parts = (part for entry in self._entries.values() for part in entry.parts)
+        self._release(next(part for part in parts if part.slot == victim))
 
     def _release(self, entry: _Entry) -> None:
         assert entry.slot is not None
@@ -372,6 +454,11 @@ class Arena:
             self._book.end_step(self._open_steps.popleft()[0])
             ended = True
         return ended
+
+
+def _slots(entries: Iterable[_Entry]) -> list[int]:
+    """Of those that have one."""
+    return [entry.slot for entry in entries if entry.slot is not None]
 
 
 def _aligned_bytes(size: int, device: torch.device) -> torch.Tensor:

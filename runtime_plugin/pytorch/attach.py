@@ -17,7 +17,7 @@ from deltaweave.runtime_plugin.fit import (
 )
 from deltaweave.runtime_plugin.pytorch.arena import Arena
 from deltaweave.runtime_plugin.pytorch.fit import require_base, rotary_embedding
-from deltaweave.runtime_plugin.pytorch.fusion import FusionAttachment, attach_fusion
+from deltaweave.runtime_plugin.pytorch.fusion import attach_fusion
 from deltaweave.runtime_plugin.pytorch.modules import MatrixRecord, TunedEmbedding, TunedLinear, shared_linear
 from deltaweave.runtime_plugin.pytorch.packed import exact_tensor
 from deltaweave.runtime_plugin.pytorch.serve import ServingAttachment, serve
@@ -33,7 +33,7 @@ def attach(model: nn.Module, source: Delta, *, accept_base: bool = False) -> Att
 
 
 @overload
-def attach(model: nn.Module, source: Fusion, *, accept_base: bool = False) -> FusionAttachment: ...
+def attach(model: nn.Module, source: Fusion, *, accept_base: bool = False) -> Attachment: ...
 
 
 @overload

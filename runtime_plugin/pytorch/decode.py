@@ -3,7 +3,8 @@
 
 A step is either prefill (some rows' prompts, at most 2048 tokens) or decode (one token of every row). Decode steps have
 as many rows as the smallest bucket that holds the active ones; on a GPU each bucket's step is one CUDA graph, which
-tenants, requests and positions change under without its being captured again.
+tenants, requests and positions change under without its being captured again. The first fusion in the arena, and the
+first that has a delta as an expert at some place, bring work of another kind: their steps are graphs of their own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from deltaweave.formats import DeltaweaveError
 from deltaweave.runtime_plugin.library import MAX_TOKENS, ArenaFullError
+from deltaweave.runtime_plugin.pytorch.arena import FusionWork
 from deltaweave.runtime_plugin.pytorch.cache import RowCache, attention_masks
 from deltaweave.runtime_plugin.pytorch.sampling import choose
 from deltaweave.runtime_plugin.pytorch.serve import ServingAttachment
@@ -69,7 +71,7 @@ class Decoder:
         self._device = weight.device
         self._max_batch = max_batch
         self._inputs = torch.zeros(2, max_batch, dtype=torch.int64, device=weight.device)  # token, position
-        self._graphs: dict[int, _Graph] = {}
+        self._graphs: dict[tuple[int, FusionWork], _Graph] = {}
         self._captures = graphs and weight.is_cuda
         self._pool: Any = torch.cuda.graph_pool_handle() if self._captures else None
 
@@ -90,7 +92,7 @@ class Decoder:
     @property
     def graphs(self) -> list[int]:
         """Buckets whose decode step has been captured."""
-        return sorted(self._graphs)
+        return sorted({bucket for bucket, _ in self._graphs})
 
     @torch.no_grad()
     def run(self, requests: Sequence[Request], write: Callable[[int, int], None] | None = None) -> list[Completion]:
@@ -186,10 +188,11 @@ class Decoder:
         with self._attachment.step(tenants):
             if not self._captures:
                 return self._decode_step(bucket)
-            if bucket not in self._graphs:
-                self._graphs[bucket] = self._capture(bucket)
-            self._graphs[bucket].graph.replay()
-            return self._graphs[bucket].logits
+            key = (bucket, self._attachment.arena.fusion_work)
+            if key not in self._graphs:
+                self._graphs[key] = self._capture(bucket)
+            self._graphs[key].graph.replay()
+            return self._graphs[key].logits
 
     def _decode_step(self, bucket: int) -> torch.Tensor:
         positions = self._inputs[1, :bucket, None]

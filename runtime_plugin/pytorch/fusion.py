@@ -37,9 +37,8 @@ from deltaweave.runtime_plugin.pytorch.packed import FactoredDelta, exact_tensor
 from deltaweave.runtime_plugin.pytorch.reference import delta_linear
 from deltaweave.runtime_plugin.pytorch.swaps import Attachment, Swap
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
-__all__ = ["FusionAttachment", "StackedLora", "attach_fusion", "gate_weights", "gated_lora"]
+__all__ = ["StackedLora", "attach_fusion", "gate_weights", "gated_lora"]
 
 
 def gate_weights(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, temperature: float) -> torch.Tensor:
@@ -112,22 +111,7 @@ def gated_lora(x: torch.Tensor, weights: torch.Tensor, lora: StackedLora) -> tor
     return h @ lora.b.T
 
 
-class FusionAttachment(Attachment):
-    """A model that computes a fusion; `detach` gives back the base and forgets the gates."""
-
-    def __init__(self, swaps: Sequence[Swap], handles: Sequence[RemovableHandle]) -> None:
-        """Carries out the swaps; `handles` are those of the gates' hooks. Use `attach_fusion`."""
-        super().__init__(swaps)
-        self._handles = list(handles)
-
-    def detach(self) -> None:
-        """Restores the base; a second call does nothing."""
-        while self._handles:
-            self._handles.pop().remove()
-        super().detach()
-
-
-def attach_fusion(model: nn.Module, fusion: Fusion, *, accept_base: bool = False) -> FusionAttachment:
+def attach_fusion(model: nn.Module, fusion: Fusion, *, accept_base: bool = False) -> Attachment:
     """Makes a base model compute a fusion, for the whole batch. Put the model on its device first.
 
     Args:
@@ -153,7 +137,7 @@ def attach_fusion(model: nn.Module, fusion: Fusion, *, accept_base: bool = False
     if not accept_base:
         require_base(model, fusion.base)
     handles = [block.register_forward_pre_hook(gate, with_kwargs=True) for block, gate in gates.hooks()]
-    return FusionAttachment(swaps, handles)
+    return Attachment(swaps, handles)
 
 
 class FusedLinear(nn.Module):

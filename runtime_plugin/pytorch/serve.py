@@ -3,24 +3,29 @@
 
 Each module that a tenant may change is swapped for one that computes the base's part as before and hands the rest to
 the ops, with the slots of the step's tokens. Layers that read the same input (q, k, v; gate, up) share one call.
+
+A row's tenant may be a fusion: each decoder block's gate then weighs its experts by the token that enters the block.
+LoRAs lie in the fusion's own slot; an expert that is a delta has a slot of its own, and its term a weight a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from deltaweave.runtime_plugin.fit import LENGTH_DEPENDENT, AttachError
-from deltaweave.runtime_plugin.library import MAX_TOKENS
+from deltaweave.runtime_plugin.fusions import gated_blocks
+from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import ops
-from deltaweave.runtime_plugin.pytorch.arena import Arena
+from deltaweave.runtime_plugin.pytorch.arena import Arena, FusionWork
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.pytorch.swaps import Attachment, Swap
 from deltaweave.runtime_plugin.tables import EMBEDDING, HEAD
 from torch import nn
 from torch.nn import functional
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["ServingAttachment", "serve"]
 
@@ -36,6 +41,7 @@ class StepSlots:
         rows: int32 [most rows], slots; -1 is the base.
         batch: rows of the steps to come.
         shape: (batch, tokens) that slots and plan are of; (0, 0) if the rows have changed since.
+        work: what is done for fusions.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -48,6 +54,24 @@ class StepSlots:
         plan_ints = native_library().plan_bytes(MAX_TOKENS) // 4
         self._slots = torch.full((MAX_TOKENS,), -1, dtype=torch.int32, device=device)
         self._plan = torch.zeros(plan_ints, dtype=torch.int32, device=device)
+        self.work = FusionWork()
+        self._weights = torch.zeros(MAX_TOKENS, MAX_EXPERTS, dtype=torch.float32, device=device)
+        # Rows, tokens and plan of the deltas at each place of a gate.
+        self._expert_rows = torch.full((MAX_EXPERTS, MAX_TOKENS), -1, dtype=torch.int32, device=device)
+        self._expert_slots = torch.full_like(self._expert_rows, -1)
+        self._expert_plans = torch.zeros(MAX_EXPERTS, plan_ints, dtype=torch.int32, device=device)
+
+    def choose(self, tenants: Sequence[str | None], slots: Sequence[int]) -> None:
+        """Whose the rows of the steps to come are; the tenants are resident in these slots."""
+        self.batch, self.shape, self.work = len(slots), (0, 0), self.arena.fusion_work
+        self._fill(self.rows, slots)
+        for place in self.work.delta_experts:
+            self._fill(self._expert_rows[place], self.arena.expert_slots(tenants, place))
+
+    def _fill(self, rows: torch.Tensor, slots: Sequence[int]) -> None:
+        """Copies slots to the device without waiting."""
+        values = torch.tensor(slots, dtype=torch.int32)
+        rows[: len(slots)].copy_(values.pin_memory() if rows.is_cuda else values, non_blocking=True)
 
     def lay_out(self, batch: int, tokens: int) -> None:
         """Fills slots and plan for tokens [batch, tokens]; every later call reads them.
@@ -62,6 +86,10 @@ class StepSlots:
         slots = self.slots(batch * tokens)
         slots.view(batch, tokens).copy_(self.rows[:batch, None].expand(batch, tokens))
         ops.plan(slots, self.arena.directory.shape[1], self._plan)
+        for place in self.work.delta_experts:
+            found = self._expert_slots[place, : batch * tokens]
+            found.view(batch, tokens).copy_(self._expert_rows[place, :batch, None].expand(batch, tokens))
+            ops.plan(found, self.arena.directory.shape[1], self._expert_plans[place])
         self.shape = (batch, tokens)
 
     def slots(self, tokens: int) -> torch.Tensor:
@@ -72,6 +100,21 @@ class StepSlots:
         """Adds the factored deltas of layers that read x; all 2-D."""
         arena = self.arena
         ops.delta_gemm(arena.buffer, arena.directory, self._plan, x, ys, parameters, arena.max_rank)
+
+    def weigh(self, x: torch.Tensor, gate: int) -> None:
+        """Reads a block's input [tokens, hidden_size]; the layers of the block use the weights after it."""
+        arena = self.arena
+        ops.gate(arena.buffer, arena.directory, self.slots(len(x)), x, gate, self._weights[: len(x)])
+
+    def fusions(self, x: torch.Tensor, ys: Sequence[torch.Tensor], parameters: Sequence[int]) -> None:
+        """Adds the weighed experts of layers of a decoder block that read x; all 2-D."""
+        if not self.work.gated:
+            return
+        arena, weights = self.arena, self._weights[: len(x)]
+        ops.gated_lora(arena.buffer, arena.directory, self._plan, x, ys, weights, parameters, arena.max_rank)
+        for place in self.work.delta_experts:
+            plan, own = self._expert_plans[place], weights[:, place]
+            ops.delta_gemm(arena.buffer, arena.directory, plan, x, ys, parameters, arena.max_rank, weights=own)
 
     def dense_gemm(self, x: torch.Tensor, y: torch.Tensor, parameter: int) -> None:
         """Adds or replaces rows of lm_head."""
@@ -142,6 +185,7 @@ class ServedLinears:
         flat = x.reshape(-1, x.shape[-1])
         ys = [functional.linear(flat, weight.detach()) for weight, _ in self._layers]
         self._step.delta_gemm(flat, ys, self._weights)
+        self._step.fusions(flat, ys, self._weights)
         if self._biases:
             self._add_biases(ys)
         return [y.view(*x.shape[:-1], -1) for y in ys]
@@ -216,9 +260,9 @@ class ServedRotary(nn.Module):
 class ServingAttachment(Attachment):
     """An arena on a model; `step` says whose the rows are."""
 
-    def __init__(self, swaps: Sequence[Swap], slots: StepSlots) -> None:
+    def __init__(self, swaps: Sequence[Swap], handles: Sequence[RemovableHandle], slots: StepSlots) -> None:
         """Carries out the swaps; use `attach`."""
-        super().__init__(swaps)
+        super().__init__(swaps, handles)
         self.arena = slots.arena
         self._slots = slots
 
@@ -233,11 +277,7 @@ class ServingAttachment(Attachment):
             ArenaFullError: they do not fit together.
         """
         with self.arena.step(tenants) as slots:
-            self._slots.batch, self._slots.shape = len(slots), (0, 0)
-            rows = torch.tensor(slots, dtype=torch.int32)
-            if self.arena.buffer.is_cuda:
-                rows = rows.pin_memory()
-            self._slots.rows[: len(slots)].copy_(rows, non_blocking=True)
+            self._slots.choose(tenants, slots)
             yield
 
 
@@ -248,7 +288,24 @@ def serve(model: nn.Module, arena: Arena) -> ServingAttachment:
     if any(isinstance(module, ServedEmbedding) for module in model.modules()):
         raise AttachError("the model has an arena attached already; detach it first")
     step = StepSlots(arena)
-    return ServingAttachment(list(_swaps(model, step)), step)
+    swaps = list(_swaps(model, step))
+    return ServingAttachment(swaps, list(_gates(model, step)), step)
+
+
+def _gates(model: nn.Module, step: StepSlots) -> Iterator[RemovableHandle]:
+    """Lets every decoder block's input be weighed before its layers run."""
+    table = step.arena.table
+    for block in gated_blocks(table):
+        yield model.get_submodule(block).register_forward_pre_hook(_gate(step, table[block].index), with_kwargs=True)
+
+
+def _gate(step: StepSlots, parameter: int) -> Callable[..., None]:
+    def weigh(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        if step.work.gated:
+            x = arguments[0] if arguments else keywords["hidden_states"]
+            step.weigh(x.reshape(-1, x.shape[-1]), parameter)
+
+    return weigh
 
 
 def _swaps(model: nn.Module, step: StepSlots) -> Iterator[Swap]:

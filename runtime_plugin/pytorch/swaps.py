@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attributes of a model that take other values for a while."""
+"""Attributes and hooks that a model has for a while."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
+
+from torch.utils.hooks import RemovableHandle
 
 __all__ = ["Attachment", "Swap"]
 
@@ -23,8 +25,9 @@ class Swap:
 class Attachment:
     """A model that computes something else; `detach` (or leaving the `with` block) gives back the very objects."""
 
-    def __init__(self, swaps: Iterable[Swap]) -> None:
-        """Carries out the swaps; use `attach`."""
+    def __init__(self, swaps: Iterable[Swap], handles: Iterable[RemovableHandle] = ()) -> None:
+        """Carries out the swaps; `handles` are those of hooks that go with them. Use `attach`."""
+        self._handles = list(handles)
         self._undo: list[Swap] = []
         for swap in swaps:
             self._undo.append(Swap(swap.owner, swap.name, getattr(swap.owner, swap.name)))
@@ -32,6 +35,8 @@ class Attachment:
 
     def detach(self) -> None:
         """Restores the base, in reverse order; a second call does nothing."""
+        while self._handles:
+            self._handles.pop().remove()
         while self._undo:
             swap = self._undo.pop()
             setattr(swap.owner, swap.name, swap.value)

@@ -103,6 +103,7 @@ def build_plan(
         reasons = [parser.get_error(index).desc() for index in range(parser.num_errors)]
         logger.messages[:0] = reasons
         raise backend.failure(f"{model.name} was refused", logger)
+    _let_attention_decompose(api, network)
     config = builder.create_builder_config()
     _set_capability(backend, config, capability)
     config.set_preview_feature(api.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
@@ -137,6 +138,15 @@ def _require_capacities(graph: GraphInfo, capacities: Capacities) -> None:
             raise EngineError(f"{name} {value}, expected 1 to {MAX_TOKENS}")
     if capacities.max_tokens > graph.max_sequence:
         raise EngineError(f"max_tokens {capacities.max_tokens} in a sequence of at most {graph.max_sequence}")
+
+
+def _let_attention_decompose(api: Any, network: Any) -> None:
+    """Attention for which a GPU has no fused kernel is computed from plain products instead of refused."""
+    kind = getattr(api.LayerType, "ATTENTION_INPUT", None)
+    for layer in map(network.get_layer, range(network.num_layers)):
+        if layer.type == kind:
+            layer.__class__ = api.IAttentionInputLayer  # layers come as their base class
+            layer.attention.decomposable = True
 
 
 def _flags(api: Any) -> int:
