@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libdeltaweave and the TensorRT plugin under test: those of DELTAWEAVE_LIBRARY, or ones without kernels, built here."""
+"""libdeltaweave and the TensorRT plugin for tests: those of DELTAWEAVE_LIBRARY, or ones without kernels, built here."""
 
 from __future__ import annotations
 

@@ -18,6 +18,8 @@ from deltaweave.cli.bench import bench_command
 from deltaweave.cli.build import BUILD_EXAMPLES, build_command
 from deltaweave.cli.compare import compare_command
 from deltaweave.cli.compress import COMPRESS_EXAMPLES, compress_command
+from deltaweave.cli.fuse import fuse_command
+from deltaweave.cli.gate import gate_app
 from deltaweave.cli.generate import generate_command
 from deltaweave.cli.inspect import inspect_command
 from deltaweave.cli.validate import VALIDATE_EXAMPLES, validate_command
@@ -44,6 +46,8 @@ app.command("verify")(verify_command)
 app.command("apply")(apply_command)
 app.command("generate")(generate_command)
 app.command("compare")(compare_command)
+app.command("fuse")(fuse_command)
+app.add_typer(gate_app, name="gate")
 app.command("bench")(bench_command)
 app.command("build", epilog=BUILD_EXAMPLES)(build_command)
 app.command("validate", epilog=VALIDATE_EXAMPLES)(validate_command)

@@ -28,7 +28,7 @@ def generate_command(
         typer.Option(help="Engine folder that `deltaweave build` wrote, in the base's place; with --tenant."),
     ] = None,
     tenant: Annotated[
-        list[str] | None, typer.Option(help="NAME=FILE, a fine-tune to serve beside others; once for each.")
+        list[str] | None, typer.Option(help="NAME=FILE, a delta or fusion to serve beside others; once for each.")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to write, at most.")] = 128,
     temperature: Annotated[
@@ -40,7 +40,7 @@ def generate_command(
     accept_base: Annotated[bool, typer.Option("--accept-base", help="Take a base with other bytes (a cast).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the texts as JSON, once all are there.")] = False,
 ) -> None:
-    """Write text with base + delta, as it comes; or with several deltas, in one batch.
+    """Write text with base + delta, as it comes; or with several deltas and fusions, in one batch.
 
     Example: deltaweave generate wizardmath.safetensors --base Llama-2-7b-hf --chat --prompt "What is 17 * 23?"
 
