@@ -24,7 +24,7 @@ from .loading import rival_folder
 from .torch_rivals import padded_rank
 from .workload import Workload, fastest, normal
 
-__all__ = ["VllmLora", "VllmLoraTuned"]
+__all__ = ["VllmLora", "VllmLoraTuned", "vllm_ops"]
 
 Config = dict[str, int | None]
 
@@ -38,7 +38,7 @@ class VllmLora(Workload):
     def __init__(self, case: Case, layers: int, device: str = "cuda") -> None:
         _check_offsets(case)
         super().__init__(case, layers, device)
-        self.ops = _vllm()
+        self.ops = vllm_ops()
         self.ops.clear_pointers()
         features = case.group.in_features
         self.rank = _common_rank(case)  # its kernels want one rank for all slices
@@ -217,7 +217,12 @@ class _BlockSizes:
 
 
 @cache
-def _vllm() -> _Ops:
+def vllm_ops() -> _Ops:
+    """The kernels, loaded once.
+
+    Raises:
+        RivalMissingError: no unpacked vLLM.
+    """
     return _Ops(rival_folder("vllm") / "vllm")
 
 
