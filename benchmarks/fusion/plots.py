@@ -6,6 +6,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from matplotlib.ticker import FuncFormatter
+
 from deltaweave.report.style import new_figure, plot_style, series_colour, to_png
 
 __all__ = ["save_plots"]
@@ -51,6 +53,7 @@ def _experts(result: dict[str, Any], path: Path) -> Path:
                 color=series_colour(index),
             )
         axis.set(title="training loss of the experts", xlabel="% of the steps", ylabel="cross entropy", yscale="log")
+        axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axis.legend()
         to_png(figure, path)
     return path
