@@ -21,16 +21,37 @@ constexpr int32_t kFailed = 1;
 
 bool is_activation(DataType type) { return type == DataType::kHALF || type == DataType::kBF16; }
 
-bool fits(Type type, DataType given, DataType activation) {
+DataType data_type(Type type, DataType activation) {
   switch (type) {
     case Type::kInt32:
-      return given == DataType::kINT32;
+      return DataType::kINT32;
     case Type::kInt64:
-      return given == DataType::kINT64;
+      return DataType::kINT64;
+    case Type::kFloat32:
+      return DataType::kFLOAT;
     case Type::kActivation:
-      return is_activation(given) && given == activation;
+      return activation;
   }
-  return false;
+  return activation;
+}
+
+bool fits(Type type, DataType given, DataType activation) {
+  if (type == Type::kActivation && !is_activation(given)) return false;
+  return given == data_type(type, activation);
+}
+
+const char* type_name(Type type) {
+  switch (type) {
+    case Type::kInt32:
+      return "INT32";
+    case Type::kInt64:
+      return "INT64";
+    case Type::kFloat32:
+      return "FP32";
+    case Type::kActivation:
+      return "FP16 or BF16, the same for all activations";
+  }
+  return "";
 }
 
 dw_dtype dtype_of(DataType type) { return type == DataType::kBF16 ? DW_BFLOAT16 : DW_FLOAT16; }
@@ -55,7 +76,8 @@ Shapes shapes_of(const Signature& signature, const Desc* inputs, const Desc* out
 }
 
 size_t element_bytes(DataType type) {
-  return type == DataType::kINT64 ? 8 : type == DataType::kINT32 ? 4 : 2;
+  if (type == DataType::kINT64) return 8;
+  return type == DataType::kINT32 || type == DataType::kFLOAT ? 4 : 2;
 }
 
 }  // namespace
@@ -116,16 +138,11 @@ int32_t Op::getOutputDataTypes(DataType* outputs, int32_t output_count, const Da
     for (int32_t i = 0; i < input_count; ++i) {
       if (!fits(signature_.inputs[i], inputs[i], activation)) {
         fail("input ", i, " has data type ", static_cast<int32_t>(inputs[i]), ", expected ",
-             signature_.inputs[i] == Type::kInt32   ? "INT32"
-             : signature_.inputs[i] == Type::kInt64 ? "INT64"
-                                                    : "FP16 or BF16, the same for all activations");
+             type_name(signature_.inputs[i]));
       }
     }
     for (int32_t i = 0; i < output_count; ++i) {
-      const Type type = signature_.outputs[i];
-      outputs[i] = type == Type::kActivation ? activation
-                   : type == Type::kInt32    ? DataType::kINT32
-                                             : DataType::kINT64;
+      outputs[i] = data_type(signature_.outputs[i], activation);
     }
   });
 }

@@ -22,7 +22,7 @@ inline constexpr const char* kVersion = "1";
 inline constexpr const char* kNamespace = "deltaweave";
 
 // Element types of inputs and outputs. Activations are FP16 or BF16, all of one op the same.
-enum class Type { kActivation, kInt32, kInt64 };
+enum class Type { kActivation, kInt32, kInt64, kFloat32 };
 
 struct Signature {
   std::vector<Type> inputs;

@@ -11,11 +11,9 @@
 namespace deltaweave::trt {
 namespace {
 
-// The gate and the gated LoRAs of fusions (gate, gated_lora in deltaweave.h) belong here as
-// DeltaweaveGate and DeltaweaveGatedLora, beside the ops that they resemble.
 std::vector<OpType> op_types() {
-  return {plan_type(),     delta_gemm_type(), dense_gemm_type(),
-          rms_norm_type(), add_bias_type(),   embed_type()};
+  return {plan_type(),     delta_gemm_type(), dense_gemm_type(), rms_norm_type(),
+          add_bias_type(), embed_type(),      gate_type(),       gated_lora_type()};
 }
 
 class Creator final : public nvinfer1::IPluginCreatorV3One {

@@ -17,6 +17,8 @@ OpType dense_gemm_type();
 OpType rms_norm_type();
 OpType add_bias_type();
 OpType embed_type();
+OpType gate_type();
+OpType gated_lora_type();
 
 // Ops get their name from their type, so that it is written once.
 template <typename T>
