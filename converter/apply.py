@@ -12,11 +12,11 @@ import torch
 from deltaweave.converter.checkpoint import DTYPES, INDEX_FILE, SINGLE_FILE, Checkpoint
 from deltaweave.converter.errors import CheckpointError, OutputError
 from deltaweave.converter.plan import Progress, silent
-from deltaweave.formats import Delta, ReplaceRecord
+from deltaweave.formats import BaseIdentity, Delta, ReplaceRecord
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-__all__ = ["apply", "require_base", "tuned_names", "tuned_tensor", "write_side_files"]
+__all__ = ["apply", "require_base", "require_identity", "tuned_names", "tuned_tensor", "write_side_files"]
 
 SHARD_BYTES = 2 * 10**9
 # Files of a checkpoint folder that are not weights: the base's are copied, the delta's own then replace them.
@@ -72,7 +72,7 @@ def require_base(base: Checkpoint, delta: Delta, *, accept: bool = False) -> Non
 
 
 def require_identity(base: Checkpoint, expected: BaseIdentity, path: str | Path, *, accept: bool = False) -> None:
-    """Refuses a base that is not the one that a file was made from; compares sampled bytes of every tensor (`verify` compares all).
+    """Refuses a base other than the one that a file was made from, by sampled bytes (`verify` compares all).
 
     Raises:
         CheckpointError: naming both.

@@ -11,8 +11,17 @@ from typing import Any, Literal
 import torch
 from transformers import GenerationConfig
 
-from deltaweave.converter import Checkpoint, require_base
-from deltaweave.formats import Delta, DeltaweaveError
+from deltaweave.converter import Checkpoint, require_base, require_identity
+from deltaweave.formats import (
+    Delta,
+    DeltaExpert,
+    DeltaweaveError,
+    Fusion,
+    TokenGate,
+    is_fusion,
+    read_fusion,
+    resolve_fusion,
+)
 from deltaweave.generation import PieceStreamer, encode_prompt
 from deltaweave.models import load_checkpoint, load_tokenizer, side_files
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, Request, Sampling, attach
@@ -32,6 +41,8 @@ UNSERVED = {
     "suppress_tokens": None,
 }
 SLOTS = 64
+# What a record of a fusion takes beside its matrices, at most.
+PART_BYTES = 4096
 
 
 @dataclass(frozen=True)
@@ -118,8 +129,8 @@ def generate_batch(
 
     Args:
         base: Hugging Face folder of the base.
-        tenants: delta files by the names that prompts use; their tokenizers, chat templates, stop tokens and generation
-            settings are followed.
+        tenants: delta or fusion files by the names that prompts use; a delta's tokenizer, chat template, stop tokens
+            and generation settings are followed, a fusion has the base's.
         prompts: what to continue.
         max_new_tokens: at most so many for each.
         chat: wrap the prompts in their tenants' chat templates.
@@ -128,7 +139,7 @@ def generate_batch(
             recently used ones wait in host memory.
         dtype: of the base's weights; None for bfloat16 on a GPU (or float16, if the base has it) and float32 elsewhere.
         device: None takes the GPU if there is one.
-        accept_base: take a base whose fingerprint is not the deltas'.
+        accept_base: take a base whose fingerprint is not the files'.
         write: is handed the texts piece by piece: (index of the prompt, piece).
 
     Returns:
@@ -147,6 +158,11 @@ def generate_batch(
     if any(prompt.tenant is None for prompt in prompts):
         voices[None] = Voice(load_tokenizer(base), model.generation_config)
     for name, path in tenants.items():
+        if is_fusion(path):
+            require_identity(checkpoint, read_fusion(path).base, path, accept=accept_base)
+            arena.add(path, name, accept_base=True)
+            voices[name] = voices.get(None) or Voice(load_tokenizer(base), model.generation_config)
+            continue
         with Delta.open(path) as delta, side_files(checkpoint, delta) as folder:
             require_base(checkpoint, delta, accept=accept_base)
             tenant = arena.add(delta, name, accept_base=True)
@@ -232,8 +248,26 @@ def _arena_bytes(tenants: Mapping[str, str | Path]) -> int:
     """Room for all tenants: kernel order takes little more than the file, and tiny records up to twice as much."""
     total = 64 << 20
     for path in tenants.values():
+        if is_fusion(path):
+            total += _fusion_bytes(resolve_fusion(path))
+            continue
         with Delta.open(path) as delta:
             total += 2 * delta.size
+    return total
+
+
+def _fusion_bytes(fusion: Fusion) -> int:
+    """Room for a fusion: ranks in blocks of 16 and features in groups of 128, 16 bits; gates in 32."""
+    total = 0
+    for expert in fusion.experts:
+        if isinstance(expert, DeltaExpert):
+            with expert.delta:
+                total += 2 * expert.delta.size
+    for lora in fusion.loras:
+        for matrix in lora.modules.values():
+            total += PART_BYTES + 2 * (matrix.rank + 15) * (sum(matrix.shape) + 2 * 128)
+    if isinstance(fusion.gate, TokenGate):
+        total += sum(PART_BYTES + 4 * block.weight.data.size for block in fusion.gate.blocks.values())
     return total
 
 

@@ -30,6 +30,8 @@ from torch import nn
 __all__ = ["Arena", "ArenaError", "FusionWork", "SlotSettings"]
 
 ALIGNMENT = 256
+# Eight LoRAs of rank 64 fit, however small the model is.
+FUSION_RANK = 512
 
 
 class ArenaError(DeltaweaveError, ValueError):
@@ -154,7 +156,8 @@ class Arena:
             capacity_bytes: of device memory for tenants.
             slots: tenants that may be resident at a time, bytes allowing.
             vocabulary: the most tokens that a tenant may have; None for the base's and 256 more.
-            max_rank: largest rank of a tenant's record; None for what the model's shapes allow, up to 4096.
+            max_rank: largest rank of a tenant's record, and of a fusion's LoRAs of a layer together; None for what the
+                model's shapes allow, from 512 up to 4096.
             device: None for the model's.
 
         Raises:
@@ -168,7 +171,7 @@ class Arena:
             capacity_bytes=capacity_bytes,
             slots=slots,
             device=home,
-            max_rank=table.largest_rank() if max_rank is None else max_rank,
+            max_rank=max(table.largest_rank(), FUSION_RANK) if max_rank is None else max_rank,
         )
 
     @property
@@ -191,7 +194,7 @@ class Arena:
         return FusionWork(any(tenant.is_fusion for tenant in tenants), tuple(sorted(places)))
 
     def add(self, source: Delta | Fusion | str | Path, name: str | None = None, *, accept_base: bool = False) -> Tenant:
-        """Makes a fine-tune or fusion a tenant: its bytes go to host memory and, evicting others if need be, on the device.
+        """Makes a fine-tune or fusion a tenant: its bytes go to host memory and, evicting others, to the device.
 
         The host does not wait for the upload; the first step that uses the tenant does, on the device.
 

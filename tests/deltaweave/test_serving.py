@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
-from deltaweave.converter import CheckpointError
-from deltaweave.formats import DeltaweaveError
+from deltaweave.converter import Checkpoint, CheckpointError
+from deltaweave.formats import DeltaweaveError, write_fusion
+from deltaweave.runtime_plugin.pytorch import attach
 from family import finetune
+from fusions import make_fusion
 from helpers import tiny_checkpoint
 from typer.testing import CliRunner
 
@@ -182,3 +184,24 @@ class TestCommand:
         result = self.run("--base", "b", *arguments)
         assert result.exit_code == 2
         assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_fusions_beside_fine_tunes(base, tenants, tmp_path, capsys):
+    """A fusion reads and writes as the base does, with its own weights; another base is refused."""
+    fusion = make_fusion(count=2, base=Checkpoint.open(base).identity())
+    path = write_fusion(tmp_path / "fusion.safetensors", fusion)
+    prompts = [Prompt("the dog", "mix"), Prompt("a cat", "plain"), Prompt("the dog")]
+    found = texts(generate_batch(base, {"mix": path, "plain": tenants["plain"]}, prompts, max_new_tokens=12))
+    model, tokenizer = load_checkpoint(base), load_tokenizer(base)
+    ids = torch.tensor([tokenizer.encode("the dog")])
+    with attach(model, fusion):
+        whole = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+    assert found[0] == tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    assert found[1] == generate(base, tenants["plain"], "a cat", max_new_tokens=12)
+    assert found[0] != found[2]
+    words = ["generate", "--base", base, "--tenant", f"mix={path}", "--prompt", "mix=the dog", "--max-new-tokens", 12]
+    shown = CliRunner().invoke(app, [*map(str, words), "--json"])
+    assert json.loads(shown.output)[0]["text"] == found[0]
+    other = write_fusion(tmp_path / "other.safetensors", make_fusion(count=2))
+    with pytest.raises(CheckpointError, match="is not the base that"):
+        generate_batch(base, {"mix": other}, prompts[:1])
