@@ -46,6 +46,7 @@ class DeviceArena:
         self.library = library
         self.max_rank = max_rank
         self.buffer = torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda")
+        self.address = torch.tensor([self.buffer.data_ptr()], device="cuda")
         self.directory = torch.zeros((len(parameters), slots, DIRECTORY_FIELDS), dtype=torch.int64, device="cuda")
         self.arena = Arena(
             library,
@@ -99,10 +100,14 @@ class DeviceArena:
         torch.cuda.synchronize()
         self.arena.evict(slot)
 
-    def batch(self, slots: torch.Tensor, dtype: torch.dtype) -> Batch:
-        """What the element-wise kernels share; `slots` is int32 on the device, kept alive by the caller."""
+    def batch(self, slots: torch.Tensor, dtype: torch.dtype, *, by_address: bool = False) -> Batch:
+        """What the element-wise kernels share; `slots` is int32 on the device, kept alive by the caller.
+
+        `by_address` tells the kernels where the arena's address lies, instead of the address.
+        """
         return Batch(
-            arena=self.buffer.data_ptr(),
+            arena=None if by_address else self.buffer.data_ptr(),
+            arena_address=self.address.data_ptr() if by_address else None,
             directory=self.directory.data_ptr(),
             slots=slots.data_ptr(),
             parameter_count=self.directory.shape[0],

@@ -22,6 +22,8 @@ __all__ = ["ExportedGraph"]
 NUMPY_DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 PLAN_TOKENS = 2048
 Array = NDArray[Any]
+# Arenas by the address of their memory: what an op is told by `arena_address`.
+ARENAS: dict[int, torch.Tensor] = {}
 
 
 def to_torch(array: Array) -> torch.Tensor:
@@ -80,8 +82,8 @@ class DeltaweaveDenseGemm(_Op):
 
 class DeltaweaveRmsNorm(_Op):
     def compute(self, inputs, parameter, epsilon):
-        x, weight, slots, arena, directory = inputs
-        return [ops.rms_norm(arena.view(torch.uint8), directory, slots, x, weight, epsilon, parameter)]
+        x, weight, slots, address, directory = inputs
+        return [ops.rms_norm(ARENAS[int(address)], directory, slots, x, weight, epsilon, parameter)]
 
 
 class DeltaweaveAddBias(_Op):
@@ -94,8 +96,8 @@ class DeltaweaveAddBias(_Op):
 
 class DeltaweaveEmbed(_Op):
     def compute(self, inputs, parameter):
-        ids, table, slots, arena, directory = inputs
-        rows = ops.embed(arena.view(torch.uint8), directory, slots, ids.reshape(-1), table, parameter)
+        ids, table, slots, address, directory = inputs
+        rows = ops.embed(ARENAS[int(address)], directory, slots, ids.reshape(-1), table, parameter)
         return [rows.view(*ids.shape, -1)]
 
 
@@ -116,6 +118,7 @@ class ExportedGraph:
         """`tenants`: whose the rows are."""
         self._run = ReferenceEvaluator(str(folder / MODEL_FILE), new_ops=OPS)
         self._arena, self._tenants = arena, tenants
+        ARENAS[arena.buffer.data_ptr()] = arena.buffer
         self._lengths = np.zeros(len(tenants), np.int64)
         cache = [tensor for tensor in manifest.inputs if tensor.name.startswith("past_")]
         dtype = NUMPY_DTYPES[manifest.dtype]
@@ -137,6 +140,7 @@ class ExportedGraph:
                 "last": lengths - 1,
                 "row_slots": np.array(slots, np.int32),
                 "arena": self._arena.buffer.numpy().view(np.int64),
+                "arena_address": np.array([self._arena.buffer.data_ptr()], np.int64),
                 "directory": self._arena.directory.numpy(),
                 "inverse_frequencies": settings.inverse_frequencies.numpy(),
                 "rotary_scale": settings.rotary_scale.numpy(),

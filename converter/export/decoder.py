@@ -54,6 +54,7 @@ def graph_inputs(decoder: Decoder, sizes: GraphSizes, parameters: int) -> list[G
         ("last", "int64", ("batch",)),
         ("row_slots", "int32", ("batch",)),
         ("arena", "int64", ("arena_words",)),
+        ("arena_address", "int64", (1,)),
         ("directory", "int64", (parameters, sizes.slots, DIRECTORY_FIELDS)),
         ("inverse_frequencies", "float32", (rows, decoder.head_dim // 2)),
         ("rotary_scale", "float32", (rows,)),
@@ -106,6 +107,8 @@ class _DecoderBuilder:
         self._decoder, self._sizes, self._weights = decoder, sizes, weights
         self._index = {parameter.name: index for index, parameter in enumerate(parameters)}
         self._arena = ["arena", "directory"]
+        # TensorRT-RTX 1.6 copies what ops inside its fused regions share; an address survives that, and costs nothing.
+        self._arena_address = ["arena_address", "directory"]
 
     def build(self) -> None:
         """Adds everything."""
@@ -113,7 +116,7 @@ class _DecoderBuilder:
         self._lay_out()
         table = self._weight(EMBEDDING)
         (x,) = graph.plugin(
-            "Embed", ["input_ids", table, self._slots, *self._arena], parameter=self._index[EMBEDDING]
+            "Embed", ["input_ids", table, self._slots, *self._arena_address], parameter=self._index[EMBEDDING]
         )  # [b, t, hidden]
         for layer in range(decoder.layers):
             x = self._block(layer, x)
@@ -211,7 +214,7 @@ class _DecoderBuilder:
 
     def _norm(self, name: str, x: str, slots: str) -> str:
         weight = f"{name}.weight"
-        inputs = [x, self._weight(weight), slots, *self._arena]
+        inputs = [x, self._weight(weight), slots, *self._arena_address]
         return self.graph.plugin("RmsNorm", inputs, parameter=self._index[weight], epsilon=self._decoder.epsilon)[0]
 
     def _linears(self, x: str, names: Sequence[str]) -> list[str]:

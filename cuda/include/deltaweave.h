@@ -39,7 +39,7 @@ extern "C" {
 #define DW_API
 #endif
 
-#define DW_ABI_VERSION 4
+#define DW_ABI_VERSION 5
 
 #define DW_MAX_BANDS 8
 #define DW_MAX_EXPERTS 8 /* of a fusion */
@@ -317,6 +317,9 @@ typedef struct dw_batch {
   int32_t parameter_count, slot_count;
   int32_t token_count;
   int32_t dtype; /* dw_dtype of all activations and of the base's parameters */
+  /* device, or NULL: where the arena's address lies, for hosts that hand out copies of large
+   * tensors; arena is ignored then. */
+  const int64_t* arena_address;
 } dw_batch;
 
 /* y[t, i] = cast(x[t, i] * rsqrt(mean(x[t, i]^2) + epsilon)) * weight, rounded as Hugging Face's

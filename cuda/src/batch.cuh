@@ -36,13 +36,18 @@ __device__ __forceinline__ const int64_t* find_row(const dw_batch& batch, int pa
   return batch.directory + row * DW_DIRECTORY_FIELDS;
 }
 
+__device__ __forceinline__ const unsigned char* find_arena(const dw_batch& batch) {
+  return batch.arena_address == nullptr
+             ? static_cast<const unsigned char*>(batch.arena)
+             : reinterpret_cast<const unsigned char*>(*batch.arena_address);
+}
+
 // The values that replace a vector for a token; null to take the base's.
 __device__ __forceinline__ const float* find_values(const dw_batch& batch, int parameter,
                                                     int token) {
   const int64_t* row = find_row(batch, parameter, token);
   if (row == nullptr || row[DW_FIELD_KIND] != DW_VALUES + 1) return nullptr;
-  return reinterpret_cast<const float*>(static_cast<const unsigned char*>(batch.arena) +
-                                        row[DW_FIELD_VALUES]);
+  return reinterpret_cast<const float*>(find_arena(batch) + row[DW_FIELD_VALUES]);
 }
 
 // Whether octets of a row may be moved as one vector.

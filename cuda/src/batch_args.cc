@@ -13,7 +13,12 @@ dw_status check_batch(const dw_batch& batch) {
   DW_RETURN_IF_ERROR(check_range("dtype", batch.dtype, DW_FLOAT16, DW_BFLOAT16));
   DW_RETURN_IF_ERROR(check_range("slot_count", batch.slot_count, 1, INT32_MAX));
   DW_RETURN_IF_ERROR(check_range("parameter_count", batch.parameter_count, 1, INT32_MAX));
-  DW_RETURN_IF_ERROR(check_aligned("arena", batch.arena, DW_ALIGNMENT));
+  if (batch.arena_address == nullptr) {
+    DW_RETURN_IF_ERROR(check_aligned("arena", batch.arena, DW_ALIGNMENT));
+  } else {
+    DW_RETURN_IF_ERROR(
+        check_aligned("arena_address", batch.arena_address, sizeof(*batch.arena_address)));
+  }
   DW_RETURN_IF_ERROR(check_aligned("directory", batch.directory, sizeof(int64_t)));
   return check_aligned("slots", batch.slots, sizeof(int32_t));
 }

@@ -56,7 +56,7 @@ __device__ __forceinline__ TableRow find_table_row(const dw_embedding& args, int
   if (row == nullptr || id < 0 || id >= DW_MAX_OUT_FEATURES) return found;
   const int64_t kind = row[DW_FIELD_KIND];
   const int rows = static_cast<int>(row[DW_FIELD_ROWS]);
-  const unsigned char* arena = static_cast<const unsigned char*>(args.batch.arena);
+  const unsigned char* arena = find_arena(args.batch);
   if (kind == DW_DENSE + 1) {
     found.rank = id < rows ? static_cast<int>(id) : -1;
   } else if (kind == DW_ROWS + 1) {

@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(kBlock) gate_kernel(const __grid_constant__ dw
   const int64_t* row = find_row(args.batch, args.parameter, blockIdx.x);
   const bool mixed = row != nullptr && row[DW_FIELD_KIND] == DW_MIX + 1;
   const int experts = mixed ? static_cast<int>(row[DW_FIELD_ROWS]) : 0;
-  const unsigned char* arena = static_cast<const unsigned char*>(args.batch.arena);
+  const unsigned char* arena = find_arena(args.batch);
   const bool gated = mixed && row[DW_FIELD_VALUES] != 0;
   if (gated) {
     float sums[DW_MAX_EXPERTS] = {};

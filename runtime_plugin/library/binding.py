@@ -25,7 +25,7 @@ from deltaweave.runtime_plugin.library.structs import (
 
 __all__ = ["ABI_VERSION", "Library", "find_library"]
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 FULL = 3  # DW_ERROR_FULL
 ENVIRONMENT = "DELTAWEAVE_LIBRARY"
 FILE_NAME = "libdeltaweave.so"

@@ -306,6 +306,7 @@ class Batch(ctypes.Structure):
         ("slot_count", c_int32),
         ("token_count", c_int32),
         ("dtype", c_int32),
+        ("arena_address", c_void_p),
     ]
 
 

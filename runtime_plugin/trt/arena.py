@@ -111,6 +111,7 @@ class TenantArena:
 
     Attributes:
         buffer: the tenants' bytes.
+        address: int64 [1], where buffer lies.
         directory: int64 [parameters, slots, fields], where they lie.
         tables: what tenants change beside parameters.
     """
@@ -124,6 +125,9 @@ class TenantArena:
         table = graph.table()
         self._graph, self._stream, self._parameters = graph, stream, len(table)
         self.buffer = DeviceMemory(capacity_bytes)
+        self.address = DeviceMemory(8)
+        address = np.array([self.buffer.address], np.int64)
+        stream.upload(self.address.address, address.ctypes.data, 8)
         self.directory = DeviceMemory(len(table) * graph.slots * ROW_BYTES)
         self.tables = SlotTables(graph)
         self._book = library.Arena(

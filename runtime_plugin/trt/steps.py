@@ -59,6 +59,7 @@ class LoadedEngine:
         tables = self.arena.tables
         return {
             "arena": self.arena.buffer.address,
+            "arena_address": self.arena.address.address,
             "directory": self.arena.directory.address,
             "inverse_frequencies": tables.frequencies.address,
             "rotary_scale": tables.scale.address,

@@ -63,6 +63,7 @@ def embedding(**change):
         ({"parameter_count": 1}, "parameter [12], expected 0 to 0"),
         ({"arena": None}, "arena is null"),
         ({"arena": AT + 16}, "arena is not aligned to 256 bytes"),
+        ({"arena": None, "arena_address": AT + 4}, "arena_address is not aligned to 8 bytes"),
         ({"directory": AT + 4}, "directory is not aligned to 8 bytes"),
         ({"slots": None}, "slots is null"),
     ],

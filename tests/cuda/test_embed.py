@@ -40,9 +40,10 @@ TABLES = {
 }
 
 
+@pytest.mark.parametrize("by_address", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", TABLES)
-def test_embed(gpu_library, name, dtype):
+def test_embed(gpu_library, name, dtype, by_address):
     """Forty ids in every slot, first and last rows, ids that the base or nobody has, slots that do not exist."""
     case, rng, kind = TABLES[name], np.random.default_rng(11), getattr(torch, dtype)
     records = draw_tables(rng, case.features, case.base_rows, case.rows, case.group_size, case.in_offset)
@@ -57,7 +58,7 @@ def test_embed(gpu_library, name, dtype):
     slots, ids = slots.cuda(), ids.cuda()
     y = Poisoned((len(slots), case.features), kind, case.shift)
     embedding = Embedding(
-        arena.batch(slots, kind), 0, case.base_rows, case.features, case.in_offset,
+        arena.batch(slots, kind, by_address=by_address), 0, case.base_rows, case.features, case.in_offset,
         ids.data_ptr(), table.data_ptr(), table.stride(0), y.inner.data_ptr(), y.wide.stride(0),
     )  # fmt: skip
     gpu_library.embed(embedding)

@@ -434,8 +434,8 @@ def test_structs_have_the_size_of_the_header():
     assert ctypes.sizeof(Record) == 4 * (5 + 3 * 8 + 4)
     assert ctypes.sizeof(Gemm) == 8 * 2 + 4 * 8 + 8 * 3 + 8 + 4 * 32 + 16 + 16
     assert ctypes.sizeof(RepackArgs) == 4 * 33 + 4 * 5 + 8 * 10
-    assert ctypes.sizeof(Batch) == 8 * 3 + 4 * 4
-    assert ctypes.sizeof(Norm) == 40 + 4 * 4 + 8 * 7
-    assert ctypes.sizeof(Bias) == 40 + 8 + 4 * 32
-    assert ctypes.sizeof(Embedding) == 40 + 4 * 4 + 8 * 5
-    assert ctypes.sizeof(Gate) == 40 + 4 * 2 + 8 * 4
+    assert ctypes.sizeof(Batch) == 8 * 4 + 4 * 4
+    assert ctypes.sizeof(Norm) == 48 + 4 * 4 + 8 * 7
+    assert ctypes.sizeof(Bias) == 48 + 8 + 4 * 32
+    assert ctypes.sizeof(Embedding) == 48 + 4 * 4 + 8 * 5
+    assert ctypes.sizeof(Gate) == 48 + 4 * 2 + 8 * 4

@@ -63,13 +63,14 @@ def test_rms_norm_in_place_and_repeated(gpu_library):
     weight = torch.randn(512, device="cuda").half()
     slots = torch.tensor([0, -1, 0, 1], dtype=torch.int32, device="cuda")
 
-    def norm_into(y):
+    def norm_into(y, **how):
         where = (x.data_ptr(), 512, 512, y.data_ptr(), 512, 512, weight.data_ptr())
-        gpu_library.rms_norm(Norm(arena.batch(slots, x.dtype), 0, 1, 512, 1e-6, *where))
+        gpu_library.rms_norm(Norm(arena.batch(slots, x.dtype, **how), 0, 1, 512, 1e-6, *where))
         return y
 
     first = norm_into(torch.full_like(x, POISON))
     assert torch.equal(first, norm_into(torch.full_like(x, POISON)))
+    assert torch.equal(first, norm_into(torch.full_like(x, POISON), by_address=True))
     assert torch.equal(first, norm_into(x))
 
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// DeltaweaveEmbed(ids int64 [..], table, slots, arena, directory) -> y [.., features]: rows of each
-// token's tenant.
+// DeltaweaveEmbed(ids int64 [..], table, slots, arena_address, directory) -> y [.., features]: rows
+// of each token's tenant.
 #include "log.h"
 #include "registry.h"
 
@@ -26,6 +26,7 @@ class Embed final : public OpBase<Embed> {
     const Dims &ids = shapes.inputs[0], &table = shapes.inputs[1];
     require_directory(shapes.inputs[4], fields().integers("parameter"));
     if (table.nbDims != 2) fail("table of shape ", to_string(table), ", expected [rows, features]");
+    require_vector("arena_address", shapes.inputs[3], 1);
     embedding_ = {};
     embedding_.batch = make_batch(shapes.inputs[2], shapes.inputs[4], shapes.dtype);
     if (volume(ids) != embedding_.batch.token_count) {
@@ -41,7 +42,7 @@ class Embed final : public OpBase<Embed> {
     embedding_.ids = static_cast<const int64_t*>(at.inputs[0]);
     embedding_.table = at.inputs[1];
     embedding_.batch.slots = static_cast<const int32_t*>(at.inputs[2]);
-    embedding_.batch.arena = at.inputs[3];
+    embedding_.batch.arena_address = static_cast<const int64_t*>(at.inputs[3]);
     embedding_.batch.directory = static_cast<const int64_t*>(at.inputs[4]);
     embedding_.y = at.outputs[0];
     require(dw_embed(&embedding_, at.stream));

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// DeltaweaveGate(x, slots, arena, directory) -> weights FP32 [tokens, 8]: what every token gives
-// the experts of its fusion. x [.., hidden_size] is a decoder block's input, before its norm.
+// DeltaweaveGate(x, slots, arena_address, directory) -> weights FP32 [tokens, 8]: what every token
+// gives the experts of its fusion. x [.., hidden_size] is a decoder block's input, before its norm.
 #include "log.h"
 #include "registry.h"
 
@@ -26,6 +26,7 @@ class GateOp final : public OpBase<GateOp> {
   void configure(const Shapes& shapes) override {
     const Dims& x = shapes.inputs[0];
     require_directory(shapes.inputs[3], fields().integers("parameter"));
+    require_vector("arena_address", shapes.inputs[2], 1);
     gate_ = {};
     gate_.batch = make_batch(shapes.inputs[1], shapes.inputs[3], shapes.dtype);
     gate_.parameter = fields().integer("parameter");
@@ -40,7 +41,7 @@ class GateOp final : public OpBase<GateOp> {
   void launch(const Pointers& at) override {
     gate_.x = at.inputs[0];
     gate_.batch.slots = static_cast<const int32_t*>(at.inputs[1]);
-    gate_.batch.arena = at.inputs[2];
+    gate_.batch.arena_address = static_cast<const int64_t*>(at.inputs[2]);
     gate_.batch.directory = static_cast<const int64_t*>(at.inputs[3]);
     gate_.weights = static_cast<float*>(at.outputs[0]);
     require(dw_gate_weights(&gate_, at.stream));

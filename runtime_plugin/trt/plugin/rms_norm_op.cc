@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// DeltaweaveRmsNorm(x, weight, slots, arena, directory) -> y: the norm with the weight of each
-// token's tenant. x [.., features] has one row a token, or several (heads: q and k norms).
+// DeltaweaveRmsNorm(x, weight, slots, arena_address, directory) -> y: the norm with the weight of
+// each token's tenant. x [.., features] has one row a token, or several (heads: q and k norms).
 #include "log.h"
 #include "registry.h"
 
@@ -25,6 +25,7 @@ class RmsNorm final : public OpBase<RmsNorm> {
     const Dims& x = shapes.inputs[0];
     require_directory(shapes.inputs[4], fields().integers("parameter"));
     require_vector("weight", shapes.inputs[1], last(x));
+    require_vector("arena_address", shapes.inputs[3], 1);
     norm_ = {};
     norm_.batch = make_batch(shapes.inputs[2], shapes.inputs[4], shapes.dtype);
     norm_.parameter = fields().integer("parameter");
@@ -44,7 +45,7 @@ class RmsNorm final : public OpBase<RmsNorm> {
     norm_.x = at.inputs[0];
     norm_.weight = at.inputs[1];
     norm_.batch.slots = static_cast<const int32_t*>(at.inputs[2]);
-    norm_.batch.arena = at.inputs[3];
+    norm_.batch.arena_address = static_cast<const int64_t*>(at.inputs[3]);
     norm_.batch.directory = static_cast<const int64_t*>(at.inputs[4]);
     norm_.y = at.outputs[0];
     require(dw_rms_norm(&norm_, at.stream));

@@ -19,7 +19,9 @@ def info(name, kind, shape):
 def build(*, activation=TensorProto.FLOAT16, parameters=(1, 2), weights=None):
     nodes = [
         helper.make_node("DeltaweavePlan", ["slots", "directory"], ["plan"], **STAMP),
-        helper.make_node("DeltaweaveGate", ["x", "slots", "arena", "directory"], ["weights"], parameter=0, **STAMP),
+        helper.make_node(
+            "DeltaweaveGate", ["x", "slots", "arena_address", "directory"], ["weights"], parameter=0, **STAMP
+        ),
         helper.make_node(
             "DeltaweaveGatedLora",
             ["x", "q", "k", "plan", "arena", "directory", weights or "weights"], ["q_out", "k_out"],
@@ -29,7 +31,8 @@ def build(*, activation=TensorProto.FLOAT16, parameters=(1, 2), weights=None):
     inputs = [
         info("x", activation, ["tokens", 64]), info("q", activation, ["tokens", 64]),
         info("k", activation, ["tokens", 32]), info("slots", TensorProto.INT32, ["tokens"]),
-        info("arena", TensorProto.INT64, [32]), info("directory", TensorProto.INT64, [3, 2, DIRECTORY_FIELDS]),
+        info("arena", TensorProto.INT64, [32]), info("arena_address", TensorProto.INT64, [1]),
+        info("directory", TensorProto.INT64, [3, 2, DIRECTORY_FIELDS]),
         info("narrow", TensorProto.FLOAT, ["tokens", 4]),
     ]
     outputs = [
