@@ -2,7 +2,8 @@
 """Decode steps and prefill of a TensorRT engine on Llama-2-7B's shapes, beside the PyTorch host with CUDA graphs.
 
 Weights and codes are random, layers may be fewer; both hosts run in one process on the same base and deltas, float16.
-The bare base is the same engine with every row at the base.
+The bare base is the same engine with every row at the base. A profile of both hosts says which kernels a step's time
+goes into: ours, the same library in both, and the host's own.
 
     python benchmarks/runtime/engine.py --layers 4 --output benchmarks/results/engine.json
 """
@@ -14,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,8 @@ from typing import Any
 import torch
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, Request, attach
 from deltaweave.runtime_plugin.trt.engine import Engine
+from torch.profiler import ProfilerActivity
+from torch.profiler import profile as profiled
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from deltaweave.engines import EngineOptions, build_engine
@@ -31,6 +35,8 @@ from random_delta import published_bands, random_delta
 from results_file import circumstances, write_result
 
 MIB = 1 << 20
+OURS = "dw::"  # the namespace of libdeltaweave's kernels
+PROFILED_STEPS, LISTED_KERNELS = 16, 12
 
 
 def main() -> None:
@@ -85,7 +91,8 @@ def main() -> None:
             for name, path in deltas.items():
                 engine.add(path, name, accept_base=True)
             result["engine"] = measure(engine.run, arguments)
-        result["pytorch"] = measure_pytorch(model, deltas, arguments)
+            result["engine_profile"] = profile(engine.run, arguments)
+        result |= measure_pytorch(model, deltas, arguments)
     report(result)
     write_result(arguments.output, result)
 
@@ -104,7 +111,7 @@ def random_llama(layers: int) -> Any:
     return model.eval()
 
 
-def measure_pytorch(model: Any, deltas: dict[str, Path], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_pytorch(model: Any, deltas: dict[str, Path], arguments: argparse.Namespace) -> dict[str, Any]:
     arena = Arena.for_model(model, capacity_bytes=capacity(deltas), slots=len(deltas))
     for name, path in deltas.items():
         arena.add(path, name, accept_base=True)
@@ -113,7 +120,7 @@ def measure_pytorch(model: Any, deltas: dict[str, Path], arguments: argparse.Nam
         attach(model, arena) as attachment,
         Decoder(model, attachment, max_batch=rows, max_length=arguments.length) as decoder,
     ):
-        return measure(decoder.run, arguments)
+        return {"pytorch": measure(decoder.run, arguments), "pytorch_profile": profile(decoder.run, arguments)}
 
 
 def measure(run: Callable[..., Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
@@ -121,9 +128,7 @@ def measure(run: Callable[..., Any], arguments: argparse.Namespace) -> list[dict
     found = []
     for batch in arguments.batches:
         for tenants in (0, 1, arguments.tenants):
-            names = [f"t{number}" for number in range(tenants)] or [None]
-            tokens = [(7 * place + 3) % 32000 for place in range(arguments.prompt)]
-            requests = [Request(tokens, names[row % len(names)], arguments.new) for row in range(batch)]
+            requests = make_requests(batch, tenants, arguments.prompt, arguments.new)
             run(requests)
             times: list[list[float]] = [[] for _ in requests]
 
@@ -145,6 +150,45 @@ def measure(run: Callable[..., Any], arguments: argparse.Namespace) -> list[dict
     return found
 
 
+def make_requests(batch: int, tenants: int, prompt: int, new: int) -> list[Request]:
+    """Tenants take turns over the rows; none of them is the bare base."""
+    names = [f"t{number}" for number in range(tenants)] or [None]
+    tokens = [(7 * place + 3) % 32000 for place in range(prompt)]
+    return [Request(tokens, names[row % len(names)], new) for row in range(batch)]
+
+
+def profile(run: Callable[..., Any], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Microseconds of a decode step by kernel, with every tenant at work: a run of many tokens less one of few."""
+    found = []
+    for batch in arguments.batches:
+        long, short = (
+            kernel_times(run, make_requests(batch, arguments.tenants, arguments.prompt, new))
+            for new in (2 + PROFILED_STEPS, 2)
+        )
+        times = {kernel: (spent - short[kernel]) / PROFILED_STEPS for kernel, spent in long.items()}
+        ranked = sorted(times, key=times.__getitem__, reverse=True)
+        found.append(
+            {
+                "batch": batch,
+                "ours_us": sum(spent for kernel, spent in times.items() if OURS in kernel),
+                "host_us": sum(time for kernel, spent in times.items() if OURS not in kernel),
+                "kernels_us": {kernel[:120]: times[kernel] for kernel in ranked[:LISTED_KERNELS]},
+            }
+        )
+    return found
+
+
+def kernel_times(run: Callable[..., Any], requests: list[Request]) -> defaultdict[str, float]:
+    """Microseconds on the GPU by kernel, of a run that was warmed."""
+    run(requests)
+    with profiled(activities=[ProfilerActivity.CUDA]) as events:
+        run(requests)
+    times: defaultdict[str, float] = defaultdict(float)
+    for event in events.key_averages():
+        times[event.key] += event.device_time_total
+    return times
+
+
 def report(result: dict[str, Any]) -> None:
     print(f"build {result['build_seconds']:.1f} s, load {result['load_seconds']:.1f} s, {result['layers']} layers")
     for mine, theirs in zip(result["engine"], result["pytorch"], strict=True):
@@ -153,6 +197,12 @@ def report(result: dict[str, Any]) -> None:
             f"(90 %: {mine['step_ms_90']:.3f}), first token {mine['first_token_ms']:.2f}; "
             f"PyTorch {theirs['step_ms']:.3f}, {theirs['first_token_ms']:.2f}"
         )
+    for host in ("engine", "pytorch"):
+        for line in result[f"{host}_profile"]:
+            ours, own = line["ours_us"], line["host_us"]
+            print(f"{host}, batch {line['batch']}: our kernels {ours:.0f} us a step, its own {own:.0f}")
+            for kernel, time_us in line["kernels_us"].items():
+                print(f"{time_us:9.1f}  {kernel}")
 
 
 if __name__ == "__main__":

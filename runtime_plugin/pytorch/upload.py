@@ -104,6 +104,10 @@ class DeviceUploader:
         """`buffer`: the arena, uint8 on a GPU."""
         self._buffer = buffer
         self._streams = [torch.cuda.Stream(buffer.device) for _ in range(2)]
+        for stream in self._streams:
+            # PyTorch's allocator hands memory out in the current stream's order, and takes it back in that.
+            stream.wait_stream(torch.cuda.current_stream(buffer.device))
+            buffer.record_stream(stream)
 
     def hold(self, records: Sequence[ServedRecord]) -> list[_Piece]:
         """Copies a tenant into pinned memory, by several threads."""

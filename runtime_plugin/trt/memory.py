@@ -74,11 +74,13 @@ class DeviceMemory:
     """Bytes on the device, zeros at first, freed with the object."""
 
     def __init__(self, size: int) -> None:
-        """Takes `size` bytes; addresses of CUDA's allocator are multiples of 256."""
+        """Takes `size` bytes and waits for the zeros; addresses of CUDA's allocator are multiples of 256."""
         self.size = size
         self.address = int(_call("cudaMalloc", max(size, ALIGNMENT)))
         self._free = weakref.finalize(self, _quiet, "cudaFree", self.address)
         _call("cudaMemset", self.address, 0, max(size, ALIGNMENT))
+        # The memset is in the default stream, for which streams here do not wait: it could clear what they write.
+        _call("cudaStreamSynchronize", 0)
 
     def free(self) -> None:
         """Gives the bytes back now."""
