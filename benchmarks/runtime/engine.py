@@ -171,7 +171,7 @@ def profile(run: Callable[..., Any], arguments: argparse.Namespace) -> list[dict
             {
                 "batch": batch,
                 "ours_us": sum(spent for kernel, spent in times.items() if OURS in kernel),
-                "host_us": sum(time for kernel, spent in times.items() if OURS not in kernel),
+                "host_us": sum(spent for kernel, spent in times.items() if OURS not in kernel),
                 "kernels_us": {kernel[:120]: times[kernel] for kernel in ranked[:LISTED_KERNELS]},
             }
         )

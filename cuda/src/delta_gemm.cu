@@ -45,8 +45,9 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_recor
   gemm.slot_count = args.slot_count;
   gemm.token_count = args.token_count;
   gemm.in_groups = cut.padded_in / kGroup;
-  gemm.tiles = cut.tiles;
-  gemm.tile_groups = cut.tile_groups;
+  const bool lora = record == DW_LORA;
+  gemm.tiles = lora ? cut.lora_tiles : cut.tiles;
+  gemm.tile_groups = lora ? cut.lora_tile_groups : cut.tile_groups;
   gemm.x = in_place ? args.x : workspace + cut.x;
   gemm.x_dtype = in_place ? args.dtype : DW_FLOAT16;
   gemm.y_dtype = args.dtype;
@@ -118,6 +119,10 @@ dw_status run_decode(const dw_gemm& args, const Workspace& cut, dw_record_kind r
   const bool in_place = readable_in_place(args);
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
   const Gemm gemm = describe(args, cut, in_place, record);
+  if (record == DW_LORA) {
+    DW_RETURN_IF_ERROR(check_launch(launch_lora_shrink(gemm, stream), "shrink of LoRAs"));
+    return check_launch(launch_lora_expand(gemm, stream), "expand of LoRAs");
+  }
   DW_RETURN_IF_ERROR(check_launch(launch_shrink(gemm, stream), "shrink"));
   return check_launch(launch_expand(gemm, stream), "expand");
 }

@@ -21,7 +21,7 @@
 namespace dw {
 namespace {
 
-constexpr int kBlock = 256;  // threads
+constexpr int kBlock = 512;  // threads
 constexpr int kBlockWarps = kBlock / 32;
 
 // Eight neighbouring elements of a row of W; zeros behind its end.
@@ -45,15 +45,17 @@ __device__ __forceinline__ void add_products(const dw_gate& args, const float* w
                                              float (&sums)[DW_MAX_EXPERTS]) {
   const T* x = static_cast<const T*>(args.x) + blockIdx.x * args.x_stride;
   for (int first = 8 * threadIdx.x; first < args.features; first += 8 * kBlock) {
-    float inputs[8];
+    float inputs[8], weights[DW_MAX_EXPERTS][8] = {};  // all are asked for before one is used
     load_octet(x, first, args.features, inputs);
 #pragma unroll
     for (int e = 0; e < DW_MAX_EXPERTS; ++e) {
-      if (e >= experts) break;
-      float weights[8];
-      load_weights(w + static_cast<int64_t>(e) * args.features, first, args.features, weights);
+      const float* row = w + static_cast<int64_t>(e) * args.features;
+      if (e < experts) load_weights(row, first, args.features, weights[e]);
+    }
 #pragma unroll
-      for (int i = 0; i < 8; ++i) sums[e] = fmaf(weights[i], inputs[i], sums[e]);
+    for (int e = 0; e < DW_MAX_EXPERTS; ++e) {
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sums[e] = fmaf(weights[e][i], inputs[i], sums[e]);
     }
   }
 }
@@ -98,20 +100,21 @@ __global__ void __launch_bounds__(kBlock) gate_kernel(const __grid_constant__ dw
   const int experts = mixed ? static_cast<int>(row[DW_FIELD_ROWS]) : 0;
   const unsigned char* arena = find_arena(args.batch);
   const bool gated = mixed && row[DW_FIELD_VALUES] != 0;
+  const int expert = threadIdx.x;
+  float weight = 0.f, temperature = 1.f;
+  if (expert < experts) {
+    const float* numbers = reinterpret_cast<const float*>(arena + row[DW_FIELD_HEADER]);
+    weight = __ldg(numbers + expert);
+    temperature = __ldg(numbers + DW_MAX_EXPERTS);
+  }
   if (gated) {
     float sums[DW_MAX_EXPERTS] = {};
     add_products<T>(args, reinterpret_cast<const float*>(arena + row[DW_FIELD_VALUES]), experts,
                     sums);
     meet(sums, experts, logits);
   }
-  const int expert = threadIdx.x;
   if (expert >= DW_MAX_EXPERTS) return;
-  float weight = 0.f;
-  if (expert < experts) {
-    const float* numbers = reinterpret_cast<const float*>(arena + row[DW_FIELD_HEADER]);
-    weight = numbers[expert];
-    if (gated) weight += softmax_at(logits, experts, numbers[DW_MAX_EXPERTS], expert);
-  }
+  if (gated && expert < experts) weight += softmax_at(logits, experts, temperature, expert);
   args.weights[blockIdx.x * args.weights_stride + expert] = weight;
 }
 

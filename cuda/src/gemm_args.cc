@@ -100,6 +100,8 @@ Workspace cut_workspace(const dw_gemm& args) {
   cut.blocks = intermediate_blocks(args.max_rank);
   cut.tile_groups = tile_groups(groups);
   cut.tiles = ceil_div(groups, cut.tile_groups);
+  cut.lora_tile_groups = prefill ? cut.tile_groups : kLoraTileGroups;
+  cut.lora_tiles = ceil_div(groups, cut.lora_tile_groups);
   const size_t tokens = args.token_count;
   const size_t rows = tokens * args.slice_count;
   const auto advance = [&cut](size_t bytes) {
@@ -111,7 +113,8 @@ Workspace cut_workspace(const dw_gemm& args) {
   cut.most_parts = dense_slots > 0 ? most_parts(args) : 0;
   cut.x = advance(tokens * cut.padded_in * 2);
   cut.x_scale = advance(tokens * sizeof(float));
-  cut.h = advance(std::max(cut.tiles, cut.most_parts) * rows * cut.ranks * sizeof(float));
+  const int sums = std::max({cut.tiles, cut.lora_tiles, cut.most_parts});
+  cut.h = advance(sums * rows * cut.ranks * sizeof(float));
   if (dense_slots == 0) return cut;
   cut.image_tiles = most_image_tiles(args.token_count, args.slot_count);
   cut.rank_tiles = 2 * ceil_div(cut.ranks, kGroup);

@@ -18,7 +18,8 @@ struct Workspace {
                    // plan's order
   size_t bytes;
   int padded_in, ranks, blocks;
-  int tiles, tile_groups;  // how the groups of in_features are cut in stage 1 of decode
+  int tiles, tile_groups;            // how the groups of in_features are cut in stage 1 of decode
+  int lora_tiles, lora_tile_groups;  // and of gated LoRAs
 
   // Images (prefill.cuh) of x, of h a slice, and of the factors a dense slot; their scales; how
   // stage 1 is cut.

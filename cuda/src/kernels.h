@@ -61,6 +61,8 @@ cudaError_t launch_plan(const int32_t* slots, int tokens, int slot_count, int ch
 cudaError_t launch_prepare(const dw_gemm& args, const Workspace& cut, cudaStream_t stream);
 cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_lora_shrink(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_lora_expand(const Gemm& gemm, cudaStream_t stream);
 
 namespace prefill {
 cudaError_t launch_operands(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream);

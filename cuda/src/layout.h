@@ -135,6 +135,10 @@ DW_HD int tile_groups(int in_groups) {
   return ceil_div(in_groups, ceil_div(in_groups, kTileGroups));
 }
 
+// Of gated LoRAs in decode, whose few bytes are taken all at once. In a prefill launch, where many
+// tokens share the workspace, they are cut as deltas are.
+constexpr int kLoraTileGroups = 8;
+
 // Ranks of the workspace's intermediate, whatever bands a tenant has.
 DW_HD int intermediate_ranks(int max_rank) { return padded_rank(max_rank) + 16 * DW_MAX_BANDS; }
 DW_HD int intermediate_blocks(int max_rank) { return intermediate_ranks(max_rank) / 8; }

@@ -84,6 +84,8 @@ __global__ void __launch_bounds__(kPlanThreads)
     plan[kPlanChunkTokens] = chunk;
     plan[kPlanPlaced] = placed;
   }
+  __threadfence();  // kernels that begin at this one's end read the plan before they wait
+                    // (ring.cuh)
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 // Stage 1 of the delta product:  h[tile, s, t, r] = sigma[r] * sum over tile's k of V^[r, k] x[t,
 // k]
 //
-// (times the token's weight, or of LORA its weight of the band, an expert's)
+// (times the token's weight)
 //
 //   x  fp16 or bf16 [tokens, in]   V^ packed (layout.h)   h  float [tiles, slices, tokens in plan
 //   order, ranks]; stage 2 adds the tiles
@@ -22,8 +22,7 @@
 //
 // The launch's work, all blocks of ranks of every (tokens of one tenant, slice, tile), is cut into
 // equal runs, one a block of threads; a run is worked off in batches whose steps are listed first.
-#include <cuda_bf16.h>
-
+#include "activations.cuh"
 #include "fragment.cuh"
 #include "kernels.h"
 #include "ring.cuh"
@@ -65,7 +64,7 @@ struct Segment {
   int unit, tile;
   int first, last;  // blocks
   int rank;         // of the band
-  int bits, band;
+  int bits;
   int first_group, groups;  // of the tile
   int first_step, steps;    // of a block
   bool codebook;
@@ -108,7 +107,6 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64
       const int64_t shape = row[DW_FIELD_BANDS + band * DW_BAND_FIELDS + DW_BAND_SHAPE];
       segment.bits = band_bits(shape);
       segment.rank = band_rank(shape);
-      segment.band = band;
       segment.codebook = band_grid(shape) == DW_GRID_CODEBOOK;
       if (segment.rank > 0) blocks = block_count(segment.bits, segment.rank);
       padded = padded_rank(segment.rank);
@@ -178,78 +176,11 @@ __device__ __forceinline__ void list_steps(const Gemm& gemm, Shared& shared) {
   }
 }
 
-// x of eight tokens and a warp's groups (of a tile the warp-th of every eight), as the tensor
-// core's columns.
-struct Activations {
-  uint4 of[kWarpGroups][4];
-
-  float inverse[2];  // of tokens 2c and 2c + 1: what undoes their rows' power of two, times weight
-
-  // A bf16 row's part is multiplied by a power of two that lets it fit into fp16.
-  template <typename T>
-  __device__ __forceinline__ void load(const Gemm& gemm, const Segment& segment) {
-    const int warp = threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    const int order = segment.order + min(lane / 4, segment.tokens - 1);
-    const int64_t token = token_at(gemm, order);
-    const T* row = static_cast<const T*>(gemm.x) + token * gemm.x_stride +
-                   (segment.first_group + warp) * kGroup + 8 * (lane % 4);
-#pragma unroll
-    for (int g = 0; g < kWarpGroups; ++g) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        of[g][i] = make_uint4(0, 0, 0, 0);
-        if (g * kTeam + warp < segment.groups) {
-          of[g][i] = __ldcg(reinterpret_cast<const uint4*>(row + g * kTeam * kGroup + 32 * i));
-        }
-      }
-    }
-    float factor = gemm.x_scale == nullptr ? 1.f : __ldcg(gemm.x_scale + token);
-    if constexpr (std::is_same_v<T, __nv_bfloat16>) factor = to_half();
-    factor *= weight_of(gemm, token);
-    inverse[0] = __shfl_sync(0xffffffffu, factor, 8 * (lane % 4));
-    inverse[1] = __shfl_sync(0xffffffffu, factor, 8 * (lane % 4) + 4);
-  }
-
-  __device__ __forceinline__ float to_half() {
-    __nv_bfloat162 most = __float2bfloat162_rn(0.f);
-    for_all([&](uint32_t& pair) {
-      most = __hmax2(most, __habs2(reinterpret_cast<__nv_bfloat162&>(pair)));
-    });
-    float largest = fmaxf(__low2float(most), __high2float(most));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-    const float factor = normalizer<13>(largest);
-    for_all([&](uint32_t& pair) {
-      const float low = __uint_as_float(pair << 16), high = __uint_as_float(pair & 0xffff0000u);
-      pair = bits_of(__floats2half2_rn(low * factor, high * factor));
-    });
-    return 1.f / factor;
-  }
-
-  template <typename Body>
-  __device__ __forceinline__ void for_all(Body&& body) {
-#pragma unroll
-    for (int g = 0; g < kWarpGroups; ++g) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        body(of[g][i].x);
-        body(of[g][i].y);
-        body(of[g][i].z);
-        body(of[g][i].w);
-      }
-    }
-  }
-
-  // The two registers of product f of a group.
-  __device__ __forceinline__ uint2 columns(int g, int f) const {
-    const uint4& four = of[g][f / 2];
-    return f % 2 ? make_uint2(four.z, four.w) : make_uint2(four.x, four.y);
-  }
-};
+// Of a tile the warp-th of every eight groups.
+using Columns = Activations<kWarpGroups, kTeam>;
 
 template <int kBits>
-__device__ __forceinline__ void find_sums(const Activations& x, Shared& shared) {
+__device__ __forceinline__ void find_sums(const Columns& x, Shared& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
   for (int g = 0; g < kWarpGroups; ++g) {
@@ -286,7 +217,7 @@ struct Place {
 // on together, so that no product waits for the one before it.
 template <int kBits, bool kLevels, int kCount>
 __device__ __forceinline__ void add_groups(float (&acc)[4], const unsigned char* codes,
-                                           const Place& place, const Activations& x, int first,
+                                           const Place& place, const Columns& x, int first,
                                            const float4* bias, const float2* sum,
                                            const __half* levels) {
   const int stride = kTeam * place.bytes;  // between groups of a warp
@@ -331,7 +262,7 @@ __device__ __forceinline__ void add_groups(float (&acc)[4], const unsigned char*
 }
 
 // One block of threads' run through its batches.
-template <typename T, bool kGated>
+template <typename T>
 struct Run {
   const Gemm& gemm;
   Shared& shared;
@@ -344,8 +275,7 @@ struct Run {
   const Segment* mine = nullptr;
   int my_rank = 0;  // of the band
   float my_sigma = 0.f;
-  float my_weights[2] = {1.f, 1.f};  // of the expert, for the tokens that this thread adds up
-  Activations x;
+  Columns x;
 
   __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
       : gemm(gemm), shared(shared), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
@@ -371,7 +301,7 @@ struct Run {
     for (int s = 0; s < shared.segment_count; ++s) {
       const Segment& segment = shared.segments[s];
       const bool fresh = segment.unit != unit;
-      if (fresh) x.load<T>(gemm, segment);
+      if (fresh) load(segment);
       const bool other = fresh || segment.bits != bits;
       unit = segment.unit;
       bits = segment.bits;
@@ -385,6 +315,12 @@ struct Run {
     }
     if (waiting > 0) meet();
     __syncthreads();
+  }
+
+  __device__ __forceinline__ void load(const Segment& segment) {
+    const int order = segment.order + min(lane / 4, segment.tokens - 1);
+    x.template load<T>(gemm, token_at(gemm, order), segment.first_group + warp,
+                       ceil_div(segment.groups - warp, kTeam));
   }
 
   template <int kBits, bool kLevels>
@@ -454,18 +390,8 @@ struct Run {
       my_rank = block * block_ranks(segment.bits) + threadIdx.x % 16;
       my_sigma =
           my_rank < segment.rank ? __ldg(segment.sigma + my_rank) : 0.f;  // early: it is cold
-      if constexpr (kGated) load_weights(segment);
     }
     if (++waiting == kBatch) meet();
-  }
-
-  __device__ __forceinline__ void load_weights(const Segment& segment) {
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const int token = threadIdx.x / 16 % 4 + 4 * i;
-      if (token >= segment.tokens) break;
-      my_weights[i] = expert_weight(gemm, token_at(gemm, segment.order + token), segment.band);
-    }
   }
 
   // Adds the warps' sums of the waiting blocks in warp order and writes h.
@@ -483,7 +409,6 @@ struct Run {
         for (int w = 0; w < kTeam; ++w) {
           value += shared.partial[phase][place][w][token * kTokenPitch + rank];
         }
-        if constexpr (kGated) value *= my_weights[token / 4];
         value = my_rank < mine->rank ? value * my_sigma : 0.f;
         mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;
       }
@@ -493,18 +418,19 @@ struct Run {
   }
 };
 
-template <typename T, bool kGated>
+template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kResident)
     shrink_kernel(const __grid_constant__ Gemm gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
+  let_next_begin();  // stage 2 waits for all of this before it reads h
   if (threadIdx.x == 0) shared.stages.initialize();
   const int64_t most = most_blocks(gemm, &shared.most);
   const int64_t units = static_cast<int64_t>(chunk_count(gemm)) * gemm.slice_count * gemm.tiles;
   // Units are counted as if all had the most blocks.
   const Range range = {units * most * blockIdx.x / gridDim.x,
                        units * most * (blockIdx.x + 1) / gridDim.x};
-  Run<T, kGated> run(gemm, shared);
+  Run<T> run(gemm, shared);
   bool waited = false;
   for (int64_t first = range.first; first < range.last;) {
     const int64_t unit = first / most;
@@ -516,14 +442,13 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     run.begin_batch();
     if (!waited) after_previous();
     waited = true;
-    let_next_begin();
     run.run_batch();
     first = batch.last;
   }
   if (!waited) after_previous();
 }
 
-template <typename T, bool kGated>
+template <typename T>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   const int64_t most =
       static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
@@ -531,20 +456,14 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   const int64_t resident =
       static_cast<int64_t>(multiprocessors()) * (gemm.token_count < 8 ? 1 : kResident);
   const int grid = static_cast<int>(most < resident ? most : resident);
-  return launch_dependent(shrink_kernel<T, kGated>, dim3(grid), kTeamThreads, sizeof(Shared),
-                          stream, gemm);
-}
-
-template <typename T>
-cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
-  return gemm.record == DW_LORA ? launch<T, true>(gemm, stream) : launch<T, false>(gemm, stream);
+  return launch_dependent(shrink_kernel<T>, dim3(grid), kTeamThreads, sizeof(Shared), stream, gemm);
 }
 
 }  // namespace
 
 cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream) {
-  return gemm.x_dtype == DW_BFLOAT16 ? launch_typed<__nv_bfloat16>(gemm, stream)
-                                     : launch_typed<__half>(gemm, stream);
+  return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, stream)
+                                     : launch<__half>(gemm, stream);
 }
 
 }  // namespace dw
