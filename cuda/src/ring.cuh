@@ -100,7 +100,8 @@ class Ring {
 
 // Programmatic dependent launch: a kernel begins while the one before it in the stream still runs.
 // after_previous() returns when that one has finished and its writes are visible; before it, only
-// the plan, the directory and the arena may be read. let_next_begin() allows the next one to start.
+// the plan, the directory and the arena may be read. let_next_begin() allows the next one to start:
+// at once, where the next one waits too, so that what it may read comes while this one runs.
 __device__ __forceinline__ void after_previous() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
