@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import GenerationConfig
 
 from deltaweave.converter.packaging import CARRIED_FILES
-from deltaweave.formats import Delta
+from deltaweave.formats import Delta, Fusion, open_tenant
 from deltaweave.models import load_tokenizer
 from deltaweave.runtime_plugin.trt.engine import Engine
 from deltaweave.serving import Prompt, Text, TextStream, Voice, make_request, require_tenants
@@ -35,8 +35,8 @@ def generate_with_engine(
 
     Args:
         folder: that `deltaweave build` wrote.
-        tenants: delta files by the names that prompts use; their tokenizers, chat templates, stop tokens and generation
-            settings are followed.
+        tenants: delta and fusion files by the names that prompts use; tokenizers, chat templates, stop tokens and
+            generation settings of deltas are followed.
         prompts: what to continue.
         max_new_tokens: at most so many for each.
         chat: wrap the prompts in their tenants' chat templates.
@@ -58,8 +58,8 @@ def generate_with_engine(
         if any(prompt.tenant is None for prompt in prompts):
             voices[None] = Voice(load_tokenizer(folder), settings)
         for name, path in tenants.items():
-            with Delta.open(path) as delta, _side_files(Path(folder), delta) as side:
-                tenant = engine.add(delta, name, accept_base=accept_base)
+            with open_tenant(path) as source, _side_files(Path(folder), source) as side:
+                tenant = engine.add(source, name, accept_base=accept_base)
                 voices[name] = Voice(load_tokenizer(side), tenant.generation or settings)
         requests = [make_request(prompt, voices[prompt.tenant], max_new_tokens, chat) for prompt in prompts]
         streams = [TextStream(index, voices[prompt.tenant].tokenizer, write) for index, prompt in enumerate(prompts)]
@@ -77,13 +77,14 @@ def _base_settings(folder: Path) -> GenerationConfig:
 
 
 @contextmanager
-def _side_files(engine: Path, delta: Delta) -> Iterator[Path]:
-    """A temporary folder with the base's tokenizer files from the engine folder; the delta's own win."""
+def _side_files(engine: Path, source: Delta | Fusion) -> Iterator[Path]:
+    """A temporary folder with the base's tokenizer files from the engine folder; a delta's own win."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for file in CARRIED_FILES:
             if (engine / file).is_file():
                 shutil.copyfile(engine / file, folder / file)
-        for file in delta.header.files:
-            (folder / file).write_bytes(delta.file(file))
+        if isinstance(source, Delta):
+            for file in source.header.files:
+                (folder / file).write_bytes(source.file(file))
         yield folder

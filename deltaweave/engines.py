@@ -48,6 +48,8 @@ class EngineOptions:
         max_tenants: fine-tunes that may be resident at a time.
         max_rank: largest rank of a fine-tune's record; None for what the base's shapes allow.
         vocabulary: most tokens of a fine-tune; None for the base's and some more.
+        fusions: with gates and LoRAs of fusions, which cost every step some launches.
+        delta_experts: how many of a fusion's first experts may be deltas, each at the price of a delta more.
         arena_bytes: device memory for fine-tunes that a runner takes unless told otherwise.
     """
 
@@ -59,6 +61,8 @@ class EngineOptions:
     max_tenants: int = 64
     max_rank: int | None = None
     vocabulary: int | None = None
+    fusions: bool = False
+    delta_experts: int = 0
     arena_bytes: int = 8 << 30
 
 
@@ -135,6 +139,8 @@ def _export(checkpoint: Checkpoint, folder: Path, options: EngineOptions, progre
             slots=options.max_tenants,
             max_rank=options.max_rank,
             vocabulary=options.vocabulary,
+            fusions=options.fusions,
+            delta_experts=options.delta_experts,
         ),
         lambda done, total: progress("exporting", done, total),
     )

@@ -4,14 +4,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from deltaweave.converter import Checkpoint, require_base
-from deltaweave.formats import Delta, DeltaweaveError
+from deltaweave.converter import Checkpoint, require_base, require_identity
+from deltaweave.formats import Delta, DeltaweaveError, open_tenant
 from deltaweave.models import load_checkpoint, load_tokenizer, side_files
 from deltaweave.runtime_plugin.pytorch import attach
 
@@ -44,11 +45,11 @@ def generate(
     accept_base: bool = False,
     write: Callable[[str], None] | None = None,
 ) -> str:
-    """Continues a prompt with base + delta.
+    """Continues a prompt with base + delta, or with a fusion on the base.
 
     Args:
         base: Hugging Face folder of the base.
-        delta: the delta file; its tokenizer, chat template and generation settings are used.
+        delta: the file; a delta's tokenizer, chat template and generation settings are used.
         prompt: the text to continue, or the user's turn of a chat.
         max_new_tokens: at most so many.
         temperature: 0 is greedy; None follows the fine-tune's own generation settings.
@@ -66,8 +67,14 @@ def generate(
         DeltaweaveError: another base, no usable tokenizer, no chat template where one is asked for, an empty prompt.
     """
     checkpoint = Checkpoint.open(base)
-    with Delta.open(delta) as opened, side_files(checkpoint, opened) as folder:
-        require_base(checkpoint, opened, accept=accept_base)
+    with ExitStack() as stack:
+        opened = stack.enter_context(open_tenant(delta))
+        if isinstance(opened, Delta):
+            require_base(checkpoint, opened, accept=accept_base)
+            folder = stack.enter_context(side_files(checkpoint, opened))
+        else:
+            require_identity(checkpoint, opened.base, delta, accept=accept_base)
+            folder = checkpoint.folder
         tokenizer = load_tokenizer(folder)
         model = load_checkpoint(base, dtype).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokens = torch.tensor([encode_prompt(tokenizer, prompt, chat)], device=model.device)

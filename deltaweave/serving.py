@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,14 +19,14 @@ from deltaweave.formats import (
     Fusion,
     TokenGate,
     is_fusion,
+    open_tenant,
     read_fusion,
-    resolve_fusion,
 )
 from deltaweave.generation import PieceStreamer, encode_prompt
 from deltaweave.models import load_checkpoint, load_tokenizer, side_files
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, Request, Sampling, attach
 
-__all__ = ["Prompt", "Text", "TextStream", "Voice", "generate_batch", "make_request", "require_tenants"]
+__all__ = ["Prompt", "Text", "TextStream", "Voice", "generate_batch", "make_request", "require_tenants", "room_for"]
 
 # Settings of a fine-tune that a batch does not follow, and the values at which they do nothing.
 UNSERVED = {
@@ -43,6 +43,7 @@ UNSERVED = {
 SLOTS = 64
 # What a record of a fusion takes beside its matrices, at most.
 PART_BYTES = 4096
+SPARE_BYTES = 64 << 20  # beside the tenants
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def generate_batch(
     home = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     checkpoint = Checkpoint.open(base)
     model = load_checkpoint(base, dtype or _weight_dtype(checkpoint, home)).to(home)
-    arena = Arena.for_model(model, capacity_bytes=arena_bytes or _arena_bytes(tenants), slots=SLOTS)
+    arena = Arena.for_model(model, capacity_bytes=arena_bytes or _room_for_files(tenants.values()), slots=SLOTS)
     voices: dict[str | None, Voice] = {}
     if any(prompt.tenant is None for prompt in prompts):
         voices[None] = Voice(load_tokenizer(base), model.generation_config)
@@ -244,25 +245,23 @@ def make_request(prompt: Prompt, voice: Voice, max_new_tokens: int, chat: bool) 
     )
 
 
-def _arena_bytes(tenants: Mapping[str, str | Path]) -> int:
-    """Room for all tenants: kernel order takes little more than the file, and tiny records up to twice as much."""
-    total = 64 << 20
-    for path in tenants.values():
-        if is_fusion(path):
-            total += _fusion_bytes(resolve_fusion(path))
-            continue
-        with Delta.open(path) as delta:
-            total += 2 * delta.size
+def room_for(*tenants: Delta | Fusion) -> int:
+    """Arena bytes for them: kernel order takes little more than the file, and tiny records up to twice as much."""
+    sizes = (_fusion_bytes(tenant) if isinstance(tenant, Fusion) else 2 * tenant.size for tenant in tenants)
+    return SPARE_BYTES + sum(sizes)
+
+
+def _room_for_files(paths: Iterable[str | Path]) -> int:
+    total = 0
+    for path in paths:
+        with open_tenant(path) as tenant:
+            total += room_for(tenant)
     return total
 
 
 def _fusion_bytes(fusion: Fusion) -> int:
     """Room for a fusion: ranks in blocks of 16 and features in groups of 128, 16 bits; gates in 32."""
-    total = 0
-    for expert in fusion.experts:
-        if isinstance(expert, DeltaExpert):
-            with expert.delta:
-                total += 2 * expert.delta.size
+    total = sum(2 * expert.delta.size for expert in fusion.experts if isinstance(expert, DeltaExpert))
     for lora in fusion.loras:
         for matrix in lora.modules.values():
             total += PART_BYTES + 2 * (matrix.rank + 15) * (sum(matrix.shape) + 2 * 128)

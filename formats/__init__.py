@@ -21,6 +21,7 @@ from deltaweave.formats.fusion import (
 from deltaweave.formats.fusion_file import (
     fusion_digest,
     is_fusion,
+    open_tenant,
     parse_fusion,
     read_fusion,
     resolve_expert,
@@ -101,6 +102,7 @@ __all__ = [
     "fusion_digest",
     "is_fusion",
     "load_records",
+    "open_tenant",
     "pack_codes",
     "parse_fusion",
     "read_fusion",

@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ __all__ = [
     "FUSION_NAME",
     "fusion_digest",
     "is_fusion",
+    "open_tenant",
     "parse_fusion",
     "read_fusion",
     "resolve_expert",
@@ -122,6 +124,26 @@ def resolve_fusion(path: str | Path) -> Fusion:
         return replace(fusion, experts=experts)
     except FormatError as error:
         raise FormatError(f"{path}: {error}") from error
+
+
+@contextmanager
+def open_tenant(path: str | Path) -> Iterator[Delta | Fusion]:
+    """A delta file, or a fusion file with what it names, open while the block lasts.
+
+    Raises:
+        FormatError: as `Delta.open` and `resolve_fusion`.
+    """
+    if not is_fusion(path):
+        with Delta.open(path) as delta:
+            yield delta
+        return
+    fusion = resolve_fusion(path)
+    try:
+        yield fusion
+    finally:
+        for expert in fusion.experts:
+            if isinstance(expert, DeltaExpert):
+                expert.delta.close()
 
 
 def resolve_expert(folder: Path, expert: Expert, fusion: Fusion) -> Expert:

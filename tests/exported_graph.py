@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 import torch
 from deltaweave.converter.export import MODEL_FILE, GraphManifest
+from deltaweave.runtime_plugin.library import MAX_EXPERTS
 from deltaweave.runtime_plugin.pytorch import Arena, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from numpy.typing import NDArray
@@ -72,6 +73,32 @@ class DeltaweaveDeltaGemm(_Op):
         return ys
 
 
+class DeltaweaveGate(_Op):
+    def compute(self, inputs, parameter):
+        x, slots, address, directory = inputs
+        weights = torch.full((len(slots), MAX_EXPERTS), torch.nan)
+        ops.gate(ARENAS[int(address)], directory, slots, flat(x), parameter, weights)
+        return [weights]
+
+
+class DeltaweaveGatedLora(_Op):
+    def compute(self, inputs, parameters, max_rank):
+        x, *ys, plan, arena, directory, weights = inputs
+        ys = [y.clone() for y in ys]
+        arena, rows = arena.view(torch.uint8), [flat(y) for y in ys]
+        ops.gated_lora(arena, directory, plan, flat(x), rows, weights, parameters, max_rank)
+        return ys
+
+
+class DeltaweaveWeighedDelta(_Op):
+    def compute(self, inputs, parameters, max_rank, expert):
+        x, *ys, plan, arena, directory, weights = inputs
+        ys = [y.clone() for y in ys]
+        arena, rows, own = arena.view(torch.uint8), [flat(y) for y in ys], weights[:, expert]
+        ops.delta_gemm(arena, directory, plan, flat(x), rows, parameters, max_rank, weights=own)
+        return ys
+
+
 class DeltaweaveDenseGemm(_Op):
     def compute(self, inputs, parameter, max_rank):
         x, y, plan, arena, directory = inputs
@@ -108,6 +135,9 @@ OPS = [
     DeltaweaveRmsNorm,
     DeltaweaveAddBias,
     DeltaweaveEmbed,
+    DeltaweaveGate,
+    DeltaweaveGatedLora,
+    DeltaweaveWeighedDelta,
 ]
 
 
@@ -123,6 +153,7 @@ class ExportedGraph:
         cache = [tensor for tensor in manifest.inputs if tensor.name.startswith("past_")]
         dtype = NUMPY_DTYPES[manifest.dtype]
         self._cache = {t.name: np.zeros((len(tenants), *t.shape[1:]), dtype) for t in cache}
+        self._delta_experts = manifest.delta_experts
         self._outputs = [tensor.name for tensor in manifest.outputs]
 
     def step(self, rows: Sequence[Sequence[int]]) -> tuple[Array, Array]:
@@ -146,6 +177,10 @@ class ExportedGraph:
                 "rotary_scale": settings.rotary_scale.numpy(),
                 "vocabulary": settings.vocabulary.numpy(),
             }
+            if self._delta_experts:
+                places = range(self._delta_experts)
+                experts = [self._arena.expert_slots(self._tenants, place) for place in places]
+                feeds["expert_slots"] = np.array(experts, np.int32)
             found = dict(zip(self._outputs, self._run.run(None, feeds), strict=True))
         self._lengths = self._lengths + lengths
         self._cache = {name: found[name.replace("past_", "present_")] for name in self._cache}

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-from deltaweave.formats import Architecture, ExactArray
+from deltaweave.formats import Architecture, DeltaExpert, ExactArray
 from deltaweave.formats.fusion import BlockGate, FixedGate, Fusion, Lora, LoraMatrix, TokenGate
 from samples import exact, make_header
 
-__all__ = ["SHAPES", "make_fusion", "make_gate", "make_lora"]
+__all__ = ["SHAPES", "make_fusion", "make_gate", "make_lora", "random_fusions", "same", "single"]
 
 SHAPES = {
     f"model.layers.{layer}.{module}": shape
@@ -22,11 +24,11 @@ SHAPES = {
 }
 
 
-def make_lora(generator, rank, modules=SHAPES, dtype="BF16", scale=0.25, name="lora"):
+def make_lora(generator, rank, modules=SHAPES, dtype="BF16", scale=0.25, name="lora", shapes=SHAPES):
     matrices = {
         module: LoraMatrix(
-            exact(generator, (rank, SHAPES[module][1]), dtype),
-            exact(generator, (SHAPES[module][0], rank), dtype),
+            exact(generator, (rank, shapes[module][1]), dtype),
+            exact(generator, (shapes[module][0], rank), dtype),
             scale,
         )
         for module in modules
@@ -62,6 +64,27 @@ def make_fusion(seed=0, count=3, gate=None, base=None):
     return Fusion(
         "deltaweave 0.1.0", base, Architecture("llama"), {"name": "lora-flow"}, loras, gate, {"examples": 200}
     )
+
+
+def random_fusions(model, delta, seed=0):
+    """Of a Hugging Face model: LoRAs of unequal ranks that leave layers out, and the same around a delta."""
+    generator = np.random.default_rng(seed)
+    shapes = {
+        name.removesuffix(".weight"): tuple(weight.shape)
+        for name, weight in model.named_parameters()
+        if name.endswith("_proj.weight")
+    }
+    loras = [
+        make_lora(generator, rank, list(shapes)[skipped:], scale=0.01, name=f"lora{rank}", shapes=shapes)
+        for rank, skipped in ((4, 0), (24, 3), (9, 1))
+    ]
+    gate = make_gate(generator, 3, model.config.num_hidden_layers, model.config.hidden_size)
+    architecture = Architecture(model.config.model_type)
+    plain = replace(make_fusion(gate=gate), experts=tuple(loras), architecture=architecture)
+    return {
+        "loras": plain,
+        "joined": replace(plain, experts=(loras[0], DeltaExpert("delta", delta), loras[2])),
+    }
 
 
 def single(lora, base=None):

@@ -98,11 +98,12 @@ class Decoder:
             rotary_scale=float(rotary.attention_scaling),
         )
 
-    def parameters(self, vocabulary: int) -> Iterator[GraphParameter]:
+    def parameters(self, vocabulary: int, *, gates: bool = False) -> Iterator[GraphParameter]:
         """What fine-tunes may change, in the order of Hugging Face's modules, which every host keeps.
 
         Args:
             vocabulary: the most tokens that a fine-tune may have.
+            gates: with places for the gates of fusions, one a decoder block, behind all else.
 
         Raises:
             CheckpointError: a tensor that the family has is missing.
@@ -128,6 +129,8 @@ class Decoder:
                 yield self._parameter(f"{block}.{name}.weight", "vector", (hidden,))
         yield self._parameter("model.norm.weight", "vector", (hidden,))
         yield self._parameter(HEAD, "linear", (self.vocabulary, hidden), vocabulary)
+        for layer in range(self.layers if gates else 0):
+            yield GraphParameter(name=f"model.layers.{layer}", kind="gate", shape=(hidden,), rows=1)
 
     def _linear(self, name: str, shape: tuple[int, int]) -> Iterator[GraphParameter]:
         yield self._parameter(f"{name}.weight", "linear", shape)

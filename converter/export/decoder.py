@@ -35,6 +35,8 @@ class GraphSizes:
         max_rank: largest rank of a fine-tune's record.
         slots: fine-tunes that may be resident at a time.
         vocabulary: the most tokens that a fine-tune may have.
+        fusions: with gates and LoRAs of fusions.
+        delta_experts: how many of a fusion's first experts may be deltas.
     """
 
     dtype: Dtype
@@ -42,6 +44,8 @@ class GraphSizes:
     max_rank: int
     slots: int
     vocabulary: int
+    fusions: bool
+    delta_experts: int
 
 
 def graph_inputs(decoder: Decoder, sizes: GraphSizes, parameters: int) -> list[GraphTensor]:
@@ -60,6 +64,8 @@ def graph_inputs(decoder: Decoder, sizes: GraphSizes, parameters: int) -> list[G
         ("rotary_scale", "float32", (rows,)),
         ("vocabulary", "int64", (rows,)),
     ]
+    if sizes.delta_experts:
+        fixed.append(("expert_slots", "int32", (sizes.delta_experts, "batch")))
     return [GraphTensor.model_validate({"name": n, "dtype": d, "shape": s}) for n, d, s in fixed] + [
         GraphTensor(name=f"past_{what}_{layer}", dtype=sizes.dtype, shape=_cache_shape(decoder, sizes))
         for layer in range(decoder.layers)
@@ -129,16 +135,25 @@ class _DecoderBuilder:
     def _lay_out(self) -> None:
         """What all blocks share: slots and plans, rotations, masks."""
         graph, slots = self.graph, self._sizes.slots
-        column = graph.node("Unsqueeze", ["row_slots", graph.shape(1)])
-        spread = graph.node("Expand", [column, graph.node("Shape", ["input_ids"])])
-        self._slots = graph.node("Reshape", [spread, graph.shape(-1)])  # [b * t]
+        self._slots = self._spread("row_slots")
         (self._plan,) = graph.plugin("Plan", [self._slots, "directory"])
         (self._row_plan,) = graph.plugin("Plan", ["row_slots", "directory"])
+        self._expert_plans: list[str] = []  # of the deltas that are the experts at each place
+        for place in range(self._sizes.delta_experts):
+            rows = graph.node("Gather", ["expert_slots", graph.constant(place, np.int64)])
+            self._expert_plans += graph.plugin("Plan", [self._spread(rows), "directory"])
         bare = graph.node("Less", ["row_slots", graph.constant(0, np.int32)])
         wide = graph.cast("row_slots", "int64")
         self._entry = graph.node("Where", [bare, graph.constant(slots, np.int64), wide])  # [b], of per-slot tables
         self._cosines, self._sines = self._rotations()
         self._masks = {window: self._mask(window) for window in dict.fromkeys(self._decoder.windows)}
+
+    def _spread(self, rows: str) -> str:
+        """A number a row, [b], as one a token, [b * t]."""
+        graph = self.graph
+        column = graph.node("Unsqueeze", [rows, graph.shape(1)])
+        spread = graph.node("Expand", [column, graph.node("Shape", ["input_ids"])])
+        return graph.node("Reshape", [spread, graph.shape(-1)])
 
     def _rotations(self) -> tuple[str, str]:
         """Cosines and sines [b, t, head_dim / 2], in float32 up to the last rounding as in Transformers."""
@@ -168,6 +183,9 @@ class _DecoderBuilder:
     def _block(self, layer: int, x: str) -> str:
         """One decoder block, [b, t, hidden] to the same."""
         graph, name = self.graph, f"model.layers.{layer}"
+        if self._sizes.fusions:  # what each token gives its experts, by the block's input: [b * t, 8]
+            inputs = [x, self._slots, *self._arena_address]
+            (self._expert_weights,) = graph.plugin("Gate", inputs, parameter=self._index[name])
         attended = self._attention(layer, f"{name}.self_attn", self._norm(f"{name}.input_layernorm", x, self._slots))
         x = graph.node("Add", [x, attended])
         fed = self._mlp(f"{name}.mlp", self._norm(f"{name}.post_attention_layernorm", x, self._slots))
@@ -222,13 +240,7 @@ class _DecoderBuilder:
         graph = self.graph
         weights = [f"{name}.weight" for name in names]
         ys = [graph.node("MatMul", [x, self._weight(weight, transposed=True)]) for weight in weights]
-        ys = graph.plugin(
-            "DeltaGemm",
-            [x, *ys, self._plan, *self._arena],
-            len(ys),
-            parameters=[self._index[weight] for weight in weights],
-            max_rank=self._sizes.max_rank,
-        )
+        ys = self._products(x, ys, [self._index[weight] for weight in weights])
         biased = [(place, f"{name}.bias") for place, name in enumerate(names) if f"{name}.bias" in self._index]
         if biased:
             inputs = [ys[place] for place, _ in biased] + [self._weight(bias) for _, bias in biased]
@@ -237,6 +249,19 @@ class _DecoderBuilder:
             for (place, _), y in zip(biased, added, strict=True):
                 ys[place] = y
         return ys
+
+    def _products(self, x: str, ys: Sequence[str], parameters: Sequence[int]) -> list[str]:
+        """What fine-tunes and fusions add to linear layers of a block."""
+        graph, settings = self.graph, {"parameters": parameters, "max_rank": self._sizes.max_rank}
+        found = graph.plugin("DeltaGemm", [x, *ys, self._plan, *self._arena], len(ys), **settings)
+        if not self._sizes.fusions:
+            return found
+        weights = self._expert_weights
+        found = graph.plugin("GatedLora", [x, *found, self._plan, *self._arena, weights], len(ys), **settings)
+        for expert, plan in enumerate(self._expert_plans):
+            inputs = [x, *found, plan, *self._arena, weights]
+            found = graph.plugin("WeighedDelta", inputs, len(ys), **settings, expert=expert)
+        return found
 
     def _head(self, x: str, table: str) -> None:
         """The logits of x [b, hidden]; what a fine-tune's vocabulary lacks is minus infinity."""

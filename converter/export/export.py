@@ -22,7 +22,9 @@ MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 PRODUCER = "deltaweave"
 # Tokens that a fine-tune may add to the base's vocabulary where nobody says how many.
 SPARE_TOKENS = 256
-MAX_RANK = 4096
+MAX_RANK, MAX_EXPERTS = 4096, 8
+# Ranks that the LoRAs of a fusion have together, of a layer, where nobody says how many.
+FUSION_RANK = 512
 MAX_SEQUENCE, MAX_SLOTS = 1 << 20, 4096
 
 Progress = Callable[[int, int], None]
@@ -38,6 +40,8 @@ class ExportOptions:
         slots: fine-tunes that may be resident at a time.
         max_rank: largest rank of a fine-tune's record; None for what the model's layers allow.
         vocabulary: the most tokens that a fine-tune may have; None for the base's and SPARE_TOKENS more.
+        fusions: with gates and LoRAs of fusions.
+        delta_experts: how many of a fusion's first experts may be deltas; each costs a product a group of layers.
     """
 
     dtype: Dtype = "float16"
@@ -45,6 +49,8 @@ class ExportOptions:
     slots: int = 64
     max_rank: int | None = None
     vocabulary: int | None = None
+    fusions: bool = False
+    delta_experts: int = 0
 
 
 def export_decoder(
@@ -68,7 +74,7 @@ def export_decoder(
     checkpoint = base if isinstance(base, Checkpoint) else Checkpoint.open(base)
     decoder = Decoder.of(checkpoint)
     sizes = _sizes(decoder, options)
-    parameters = tuple(decoder.parameters(sizes.vocabulary))
+    parameters = tuple(decoder.parameters(sizes.vocabulary, gates=sizes.fusions))
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _write(decoder, sizes, parameters, folder, progress or (lambda done, total: None))
@@ -80,6 +86,8 @@ def export_decoder(
         max_sequence=sizes.max_sequence,
         max_rank=sizes.max_rank,
         slots=sizes.slots,
+        fusions=sizes.fusions,
+        delta_experts=sizes.delta_experts,
         vocabulary=sizes.vocabulary,
         base_vocabulary=decoder.vocabulary,
         tied=decoder.tied,
@@ -103,18 +111,31 @@ def _sizes(decoder: Decoder, options: ExportOptions) -> GraphSizes:
     vocabulary = decoder.vocabulary + SPARE_TOKENS if options.vocabulary is None else options.vocabulary
     if vocabulary < decoder.vocabulary:
         raise ExportError(f"vocabulary {vocabulary}, the base has {decoder.vocabulary} tokens")
+    if not 0 <= options.delta_experts <= MAX_EXPERTS * options.fusions:
+        raise ExportError(
+            f"delta_experts {options.delta_experts}, expected 0 to {MAX_EXPERTS}, and fusions where there are some"
+        )
     linear = [p for p in decoder.parameters(vocabulary) if p.kind == "linear"]
     most = min(MAX_RANK, max(min(p.shape) for p in linear))
+    most = max(most, FUSION_RANK) if options.fusions else most
     rank = most if options.max_rank is None else options.max_rank
     if not 1 <= rank <= MAX_RANK:
         raise ExportError(f"max_rank {rank}, expected 1 to {MAX_RANK}")
-    return GraphSizes(options.dtype, options.max_sequence, rank, options.slots, vocabulary)
+    return GraphSizes(
+        dtype=options.dtype,
+        max_sequence=options.max_sequence,
+        max_rank=rank,
+        slots=options.slots,
+        vocabulary=vocabulary,
+        fusions=options.fusions,
+        delta_experts=options.delta_experts,
+    )
 
 
 def _write(
     decoder: Decoder, sizes: GraphSizes, parameters: tuple[GraphParameter, ...], folder: Path, progress: Progress
 ) -> None:
-    names = [EMBEDDING, *(parameter.name for parameter in parameters)]
+    names = [EMBEDDING, *(parameter.name for parameter in parameters if parameter.kind != "gate")]
     total = len(dict.fromkeys(map(decoder.checkpoint.resolve, names)))
     partial = {name: folder / f".{name}.partial" for name in (MODEL_FILE, DATA_FILE)}
     try:

@@ -29,13 +29,13 @@ class GraphParameter(_Strict):
 
     Attributes:
         name: the checkpoint's.
-        kind: what it is.
+        kind: what it is; a gate is no tensor of the base, but the place where a fusion's gate of a block goes.
         shape: the base's.
         rows: the most that a fine-tune may bring; of a vocabulary more than the base's.
     """
 
     name: str
-    kind: Literal["linear", "embedding", "vector"]
+    kind: Literal["linear", "embedding", "vector", "gate"]
     shape: tuple[int, ...]
     rows: int
 
@@ -51,6 +51,8 @@ class GraphManifest(_Strict):
         max_sequence: tokens that a row of the cache holds.
         max_rank: largest rank of a fine-tune's record.
         slots: fine-tunes that may be resident at a time.
+        fusions: whether it has gates, and adds the LoRAs of fusions.
+        delta_experts: how many of a fusion's first experts may be deltas.
         vocabulary: width of the logits, the most tokens that a fine-tune may have.
         base_vocabulary: the base's.
         tied: whether the base's lm_head is its embedding.
@@ -68,6 +70,8 @@ class GraphManifest(_Strict):
     max_sequence: int
     max_rank: int
     slots: int
+    fusions: bool
+    delta_experts: int
     vocabulary: int
     base_vocabulary: int
     tied: bool

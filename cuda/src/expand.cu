@@ -385,6 +385,7 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kTeam, kTeams>*>(memory);
   __half* h = reinterpret_cast<__half*>(memory + sizeof(shared));
+  let_next_begin();
   if (threadIdx.x < kTeams) shared.stages[threadIdx.x].initialize();
   store_all_biases(shared.biases);
   const int64_t all = static_cast<int64_t>(chunk_count(gemm)) * groups;
@@ -400,7 +401,6 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
     Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, steps, turn);
     if (!waited) after_previous();
     waited = true;
-    let_next_begin();
     make_h(gemm, unit, pitch, h, shared);
     __syncthreads();
     run.all_items();

@@ -423,6 +423,7 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     shrink_kernel(const __grid_constant__ Gemm gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
+  let_next_begin();  // stage 2 waits for all of this before it reads h
   if (threadIdx.x == 0) shared.stages.initialize();
   const int64_t most = most_blocks(gemm, &shared.most);
   const int64_t units = static_cast<int64_t>(chunk_count(gemm)) * gemm.slice_count * gemm.tiles;
@@ -441,7 +442,6 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     run.begin_batch();
     if (!waited) after_previous();
     waited = true;
-    let_next_begin();
     run.run_batch();
     first = batch.last;
   }

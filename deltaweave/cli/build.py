@@ -22,6 +22,8 @@ BUILD_EXAMPLES = """Examples:
 
     deltaweave build --base Qwen3-0.6B -o qwen.engine --compute-capability "8.0 8.9 12.0" --max-sequence 8192
 
+    deltaweave build --base B -o b.engine --fusions --delta-experts 2
+
     deltaweave build --base B -o b.engine --max-batch 8 --max-tenants 16 --arena-bytes 4GiB
 """
 
@@ -44,6 +46,12 @@ def build_command(
     max_tenants: Annotated[int, typer.Option(min=1, help="Fine-tunes on the GPU at a time.")] = 64,
     max_rank: Annotated[int | None, typer.Option(help="Largest rank. [default: what the base's shapes allow]")] = None,
     vocabulary: Annotated[int | None, typer.Option(help="Most tokens of a fine-tune. [default: base's + 256]")] = None,
+    fusions: Annotated[
+        bool, typer.Option("--fusions", help="Serve fusions of LoRAs too; costs every step nine launches a layer.")
+    ] = False,
+    delta_experts: Annotated[
+        int, typer.Option(min=0, max=8, help="How many of a fusion's first experts may be deltas; with --fusions.")
+    ] = 0,
     arena_bytes: Annotated[str, typer.Option(help="GPU memory for fine-tunes: 8GiB, 500MB, or bytes.")] = "8GiB",
     as_json: Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")] = False,
 ) -> None:
@@ -60,6 +68,8 @@ def build_command(
         max_tenants=max_tenants,
         max_rank=max_rank,
         vocabulary=vocabulary,
+        fusions=fusions,
+        delta_experts=delta_experts,
         arena_bytes=_bytes("--arena-bytes", arena_bytes),
     )
     with progress_bar() as report:

@@ -21,7 +21,7 @@ __all__ = ["generate_command", "named_tenants"]
 
 def generate_command(
     prompt: Annotated[list[str], typer.Option(help="Text to continue; with --tenant, NAME=TEXT, any number of times.")],
-    delta: Annotated[Path | None, typer.Argument(help="Delta file, for one fine-tune.")] = None,
+    delta: Annotated[Path | None, typer.Argument(help="Delta or fusion file, for one text.")] = None,
     base: Annotated[Path | None, typer.Option(help="Hugging Face folder of the base.")] = None,
     engine: Annotated[
         Path | None,

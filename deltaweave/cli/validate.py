@@ -34,8 +34,10 @@ _Host = StrEnum("_Host", {"attach": "attach", "arena": "arena"})
 
 
 def validate_command(
-    delta: Annotated[Path, typer.Argument(help="Delta file.")],
-    tuned: Annotated[Path, typer.Option(help="Hugging Face folder of the fine-tune, the reference.")],
+    delta: Annotated[Path, typer.Argument(help="Delta file, or fusion file.")],
+    tuned: Annotated[
+        Path, typer.Option(help="Hugging Face folder of the fine-tune, the reference; of a fusion, the base's.")
+    ],
     prompts: Annotated[Path, typer.Option(help="JSONL of prompt and, if wanted, answer.")],
     base: Annotated[Path | None, typer.Option(help="Hugging Face folder of the base, for PyTorch.")] = None,
     engine: Annotated[Path | None, typer.Option(help="TensorRT engine folder, instead of --base.")] = None,

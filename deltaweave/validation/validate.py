@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,10 +13,11 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from deltaweave.converter import Checkpoint, Progress, require_base
-from deltaweave.formats import Delta, DeltaweaveError
+from deltaweave.converter import Checkpoint, Progress, require_base, require_identity
+from deltaweave.formats import Delta, DeltaweaveError, Fusion, open_tenant
 from deltaweave.models import load_checkpoint, load_tokenizer
 from deltaweave.runtime_plugin.pytorch import Arena, attach
+from deltaweave.serving import room_for
 from deltaweave.validation.measure import Measurement, measure
 from deltaweave.validation.prompts import Prompt, load_prompts, tokenize
 from deltaweave.validation.subject import EngineSubject, ModelSubject, Subject
@@ -29,8 +30,7 @@ HOSTS: tuple[Host, ...] = ("attach", "arena")
 Dtype = Literal["float16", "bfloat16", "float32"]
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 TENANT = "validated"
-# Beside the delta's bytes, twice: kernel order takes little more than the file, and tiny records up to twice as much.
-SPARE_BYTES = 64 << 20
+SLOTS = 9  # a fusion and its experts
 
 
 @dataclass(frozen=True)
@@ -124,9 +124,11 @@ def validate(
 ) -> Validation:
     """Measures base + delta, in PyTorch or in an engine, against the fine-tune that the delta was made from.
 
+    A fusion, which is made from no fine-tune, is held against itself by the reference ops on the base.
+
     Args:
-        delta: the delta file.
-        tuned: Hugging Face folder of the fine-tune, the reference.
+        delta: the delta or fusion file.
+        tuned: Hugging Face folder of the fine-tune, the reference; of a fusion the base's.
         prompts: JSONL of `prompt` and, if wanted, `answer`.
         base: Hugging Face folder of the base, for PyTorch.
         engine: TensorRT engine folder, instead of `base`.
@@ -153,7 +155,7 @@ def validate(
     limits = _limits(thresholds)  # what is wrong with the small files is told before models are loaded
     load_prompts(prompts, limit)
     place = _device(device)
-    with Delta.open(delta) as opened:
+    with open_tenant(delta) as opened:
         if base is not None:
             name = f"{Path(delta).name} ({host or 'attach'}, {dtype or 'float16'})"
             hosted = _hosted(base, opened, tuned, DTYPES[dtype or "float16"], place, host or "attach", accept_base)
@@ -166,6 +168,7 @@ def validate(
                 subject,
                 name,
                 tuned=tuned,
+                fusion=opened if isinstance(opened, Fusion) else None,
                 prompts=prompts,
                 thresholds=limits,
                 references=references,
@@ -183,6 +186,7 @@ def validate_subject(
     *,
     tuned: str | Path,
     prompts: str | Path,
+    fusion: Fusion | None = None,
     thresholds: Thresholds | str | Path | None = None,
     references: Sequence[Reference] | None = None,
     max_new_tokens: int = 64,
@@ -198,6 +202,7 @@ def validate_subject(
         name: what reports call it.
         tuned: Hugging Face folder of the fine-tune, the reference.
         prompts: JSONL of `prompt` and, if wanted, `answer`.
+        fusion: attached to the model of `tuned`, by the reference ops.
         thresholds: limits, or the YAML file that has them.
         references: dtypes of the fine-tune; None for those that the thresholds name, or for both.
         max_new_tokens: of greedy decoding.
@@ -220,7 +225,9 @@ def validate_subject(
         model = load_checkpoint(tuned, DTYPES[reference]).to(place)
         counter = _Counter(f"against {reference}", len(rows), progress)
         stop = _stop_tokens(model, tokenizer)
-        measurements[reference] = measure(ModelSubject(model), subject, rows, max_new_tokens, stop, counter.advance)
+        with nullcontext() if fusion is None else attach(model, fusion, accept_base=True):
+            expected = ModelSubject(model)
+            measurements[reference] = measure(expected, subject, rows, max_new_tokens, stop, counter.advance)
         del model
     return Validation(
         subject=name,
@@ -257,38 +264,40 @@ def _references(limits: Thresholds | None, wanted: Sequence[Reference] | None) -
 @contextmanager
 def _hosted(
     base: str | Path,
-    delta: Delta,
+    source: Delta | Fusion,
     tuned: str | Path,
     dtype: torch.dtype,
     place: torch.device,
     host: Host,
     accept_base: bool,
 ) -> Iterator[Subject]:
-    """Base + delta in PyTorch."""
+    """Base + delta, or a fusion on the base, in PyTorch."""
     checkpoint = Checkpoint.open(base)
-    require_base(checkpoint, delta, accept=accept_base)
+    if isinstance(source, Fusion):
+        require_identity(checkpoint, source.base, "the fusion", accept=accept_base)
+    else:
+        require_base(checkpoint, source, accept=accept_base)
     model = load_checkpoint(base, dtype).to(place)
     if host == "attach":
-        with attach(model, delta, accept_base=True):  # the base was checked above
+        with attach(model, source, accept_base=True):  # the base was checked above
             yield ModelSubject(model)
         return
     vocabulary = max(int(config.get("vocab_size", 0)) for config in (checkpoint.config, Checkpoint.open(tuned).config))
-    capacity = 2 * delta.size + SPARE_BYTES
-    arena = Arena.for_model(model, capacity_bytes=capacity, slots=1, vocabulary=vocabulary)
-    arena.add(delta, TENANT, accept_base=True)
+    arena = Arena.for_model(model, capacity_bytes=room_for(source), slots=SLOTS, vocabulary=vocabulary)
+    arena.add(source, TENANT, accept_base=True)
     with attach(model, arena) as served:
         yield ModelSubject(model, lambda rows: served.step([TENANT] * rows))
 
 
 @contextmanager
-def _engine(folder: str | Path, delta: Delta, accept_base: bool) -> Iterator[Subject]:
-    """A fine-tune in a TensorRT engine, whose packages are needed here alone."""
+def _engine(folder: str | Path, source: Delta | Fusion, accept_base: bool) -> Iterator[Subject]:
+    """A fine-tune or fusion in a TensorRT engine, whose packages are needed here alone."""
     try:
         from deltaweave.runtime_plugin.trt.engine import Engine
     except ImportError as error:
         raise DeltaweaveError(f"engines need {error.name}: pip install 'deltaweave[tensorrt]'") from error
     with Engine(folder) as engine:
-        engine.add(delta, TENANT, accept_base=accept_base)
+        engine.add(source, TENANT, accept_base=accept_base)
         yield EngineSubject(engine, TENANT)
 
 

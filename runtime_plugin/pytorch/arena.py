@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deltaweave.formats import Delta, DeltaExpert, DeltaweaveError, Fusion, is_fusion, resolve_fusion
+from deltaweave.formats import Delta, DeltaweaveError, Fusion, open_tenant
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, LibraryError
@@ -215,16 +215,10 @@ class Arena:
             if name is None:
                 raise ArenaError("a fusion that was read has no name: give it one")
             return self._add_fusion(source, Path(name), name, accept_base)
-        if not is_fusion(source):
-            with Delta.open(source) as opened:
+        with open_tenant(source) as opened:
+            if isinstance(opened, Delta):
                 return self._add_delta(opened, name, accept_base)
-        fusion = resolve_fusion(source)
-        try:
-            return self._add_fusion(fusion, Path(source), name, accept_base)
-        finally:
-            for expert in fusion.experts:
-                if isinstance(expert, DeltaExpert):
-                    expert.delta.close()
+            return self._add_fusion(opened, Path(source), name, accept_base)
 
     def remove(self, name: str) -> None:
         """Forgets a tenant, on the host too.

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, Library
-from deltaweave.runtime_plugin.records import RecordImage, ServedRecord, image_groups
+from deltaweave.runtime_plugin.records import RecordImage, image_groups
 from deltaweave.runtime_plugin.trt.errors import EngineError
 from deltaweave.runtime_plugin.trt.manifest import GraphInfo
 from deltaweave.runtime_plugin.trt.memory import DeviceMemory, Event, PinnedMemory, Stream
@@ -73,12 +73,25 @@ class _Entry:
 
     Attributes:
         ready: the upload that its directory rows still wait for.
+        experts: of a fusion, those that are deltas, by their places; they come and stay with it.
     """
 
     tenant: Tenant
     held: Sequence[_Piece]
     slot: int | None = None
     ready: list[Event] | None = None
+    experts: dict[int, _Entry] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, tenant: Tenant) -> _Entry:
+        """Copies a tenant to the host's pinned memory."""
+        experts = {place: cls.of(expert) for place, expert in tenant.experts.items()}
+        return cls(tenant, [_Piece.of(images) for images in image_groups(tenant.records)], experts=experts)
+
+    @property
+    def parts(self) -> list[_Entry]:
+        """Everything that needs a slot for it to be served."""
+        return [self, *self.experts.values()]
 
 
 class SlotTables:
@@ -168,29 +181,32 @@ class TenantArena:
         """
         if tenant.name in self._entries:
             raise EngineError(f"{tenant.path}: a tenant {tenant.name!r} is there already")
-        size, whole = self._book.tenant_bytes(tenant.shapes), self._book.stats().bytes
+        size = sum(self._book.tenant_bytes(part.shapes) for part in (tenant, *tenant.experts.values()))
+        whole = self._book.stats().bytes
         if size > whole:
             raise ArenaFullError(f"tenant {tenant.name!r} takes {size} bytes, the arena has {whole}")
-        entry = _Entry(tenant, _hold(tenant.records))
-        self._bring(entry)
+        entry = _Entry.of(tenant)
         self._entries[tenant.name] = entry
+        try:
+            self._bring_together(entry.parts)
+        except BaseException:
+            self.remove(tenant.name)
+            raise
 
     def remove(self, name: str) -> None:
         """Forgets a tenant, on the host too; its bytes are reused once the last step with it is done."""
-        entry = self._entry(name)
-        if entry.slot is not None:
-            self._release(entry)
-        del self._entries[name]
+        self.evict(name)
+        del self._entries[name]  # a fusion's experts are its own, and go with it
 
     def evict(self, name: str) -> None:
         """Takes a tenant off the device; the next step that wants it brings it back."""
-        entry = self._entry(name)
-        if entry.slot is not None:
-            self._release(entry)
+        for part in self._entry(name).parts:
+            if part.slot is not None:
+                self._release(part)
 
     def is_resident(self, name: str) -> bool:
-        """Whether a tenant has a slot."""
-        return self._entry(name).slot is not None
+        """Whether a tenant has a slot, and so have a fusion's experts."""
+        return all(part.slot is not None for part in self._entry(name).parts)
 
     def resident(self, names: Iterable[str | None]) -> list[int]:
         """The slots of some tenants, brought to the device where they are not; None, the base, has -1.
@@ -202,16 +218,8 @@ class TenantArena:
             ArenaFullError: they do not fit together.
         """
         wanted = [None if name is None else self._entry(name) for name in names]
-        distinct = list({id(entry): entry for entry in wanted if entry is not None}.values())
-        held: list[int] = []
-        try:
-            for entry in sorted(distinct, key=lambda entry: entry.slot is None):
-                slot = self._bring(entry) if entry.slot is None else entry.slot
-                self._book.pin(slot)
-                held.append(slot)
-        finally:
-            for slot in held:
-                self._book.unpin(slot)
+        distinct = list({id(part): part for entry in wanted if entry is not None for part in entry.parts}.values())
+        self._bring_together(distinct)
         for entry in distinct:
             self._publish(entry)
         return [-1 if entry is None or entry.slot is None else entry.slot for entry in wanted]
@@ -221,11 +229,17 @@ class TenantArena:
         """A step with some tenants: gives their slots, whose bytes stay until the device is done with the step."""
         self._collect()
         slots = self.resident(names)
-        number = self._book.begin_step(slots)
+        parts = [part for name in set(names) if name is not None for part in self._entry(name).parts]
+        number = self._book.begin_step([part.slot for part in parts if part.slot is not None])
         try:
             yield slots
         finally:
             self._open_steps.append((number, Event(self._stream)))
+
+    def expert_slots(self, names: Sequence[str | None], place: int) -> list[int]:
+        """Slots of the deltas that are the experts at a place of some resident tenants' gates; -1 for none."""
+        entries = [None if name is None else self._entry(name).experts.get(place) for name in names]
+        return [-1 if entry is None or entry.slot is None else entry.slot for entry in entries]
 
     def acquire_graph(self) -> None:
         """A captured graph now holds the arena's addresses."""
@@ -244,6 +258,18 @@ class TenantArena:
         if name not in self._entries:
             raise EngineError(f"no tenant {name!r}; there are {', '.join(sorted(self._entries)) or 'none'}")
         return self._entries[name]
+
+    def _bring_together(self, entries: Sequence[_Entry]) -> None:
+        """Gives all of them a slot; none makes room for another."""
+        held: list[int] = []
+        try:
+            for entry in sorted(entries, key=lambda entry: entry.slot is None):
+                slot = self._bring(entry) if entry.slot is None else entry.slot
+                self._book.pin(slot)
+                held.append(slot)
+        finally:
+            for slot in held:
+                self._book.unpin(slot)
 
     def _bring(self, entry: _Entry) -> int:
         """Takes a slot, evicting the least recently used tenants that stand in the way, and begins the upload."""
@@ -273,7 +299,8 @@ class TenantArena:
             victim = self._book.least_recent()
         except ArenaFullError:
             raise ArenaFullError(f"tenant {name!r} does not fit: {full}; nothing is left to evict") from full
-        self._release(next(entry for entry in self._entries.values() if entry.slot == victim))
+        parts = (part for entry in self._entries.values() for part in entry.parts)
+        self._release(next(part for part in parts if part.slot == victim))
 
     def _release(self, entry: _Entry) -> None:
         assert entry.slot is not None
@@ -306,7 +333,3 @@ class TenantArena:
             self._book.end_step(self._open_steps.popleft()[0])
             ended = True
         return ended
-
-
-def _hold(records: Sequence[ServedRecord]) -> list[_Piece]:
-    return [_Piece.of(images) for images in image_groups(records)]

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-from deltaweave.formats import Delta
+from deltaweave.formats import Delta, Fusion, open_tenant
 from deltaweave.runtime_plugin.library import ArenaFullError, ArenaStats, Library
 from deltaweave.runtime_plugin.requests import ActiveRow, Completion, Request
 from deltaweave.runtime_plugin.trt.arena import TenantArena
@@ -25,7 +25,7 @@ from deltaweave.runtime_plugin.trt.folder import EngineFolder
 from deltaweave.runtime_plugin.trt.memory import ALIGNMENT, DeviceMemory, Stream, compute_capability
 from deltaweave.runtime_plugin.trt.sampling import choose
 from deltaweave.runtime_plugin.trt.steps import LoadedEngine, Step, runtime_config
-from deltaweave.runtime_plugin.trt.tenant import Tenant, load_tenant
+from deltaweave.runtime_plugin.trt.tenant import Tenant, load_fusion, load_tenant
 from numpy.typing import NDArray
 from transformers import AutoConfig
 
@@ -135,30 +135,34 @@ class Engine:
         """Bytes and slots of the arena, free and used."""
         return self._arena.stats()
 
-    def add(self, delta: Delta | str | Path, name: str | None = None, *, accept_base: bool = False) -> Tenant:
-        """Makes a fine-tune a tenant: bytes go to host memory and, evicting others if need be, to the device.
+    def add(self, source: Delta | Fusion | str | Path, name: str | None = None, *, accept_base: bool = False) -> Tenant:
+        """Makes a fine-tune or fusion a tenant: bytes go to host memory and, evicting others, to the device.
 
         Nothing is built or captured again, and steps of others go on.
 
         Args:
-            delta: a file, or one that is open (and may be closed afterwards).
+            source: a file; or a delta that is open, or a fusion read by `resolve_fusion` (which may be closed
+                afterwards).
             name: what requests call it; None for the file's name without its ending.
-            accept_base: take a delta whose base is not the engine's by its fingerprint.
+            accept_base: take what was made from a base that is not the engine's by its fingerprint.
 
         Raises:
             EngineError: another base, or the name is taken.
-            AttachError: another family, or a record that an engine does not serve.
+            AttachError: another family, or something that the engine does not serve.
             ArenaFullError: it cannot fit.
         """
-        if not isinstance(delta, Delta):
-            with Delta.open(delta) as opened:
-                return self.add(opened, name, accept_base=accept_base)
-        if not accept_base:
-            self.folder.require_base(delta.header.base, str(delta.path))
-        chosen = delta.path.name.partition(".")[0] if name is None else name
-        tenant = load_tenant(self.graph, self._base, delta, chosen)
-        self._arena.add(tenant)
-        return tenant
+        if isinstance(source, Delta):
+            return self._add_delta(source, name, accept_base)
+        if isinstance(source, Fusion):
+            if name is None:
+                raise EngineError("a fusion that was read has no name: give it one")
+            return self._add_fusion(source, name, Path(name), accept_base)
+        with open_tenant(source) as opened:
+            if isinstance(opened, Delta):
+                return self._add_delta(opened, name, accept_base)
+            return self._add_fusion(
+                opened, _file_name(Path(source)) if name is None else name, Path(source), accept_base
+            )
 
     def remove(self, name: str) -> None:
         """Forgets a tenant; its bytes are reused once the last step with it is done."""
@@ -218,6 +222,20 @@ class Engine:
             found[position] = self._decode_rows([row]).logits()[0]
         return found
 
+    def _add_delta(self, delta: Delta, name: str | None, accept_base: bool) -> Tenant:
+        if not accept_base:
+            self.folder.require_base(delta.header.base, str(delta.path))
+        tenant = load_tenant(self.graph, self._base, delta, _file_name(delta.path) if name is None else name)
+        self._arena.add(tenant)
+        return tenant
+
+    def _add_fusion(self, fusion: Fusion, name: str, path: Path, accept_base: bool) -> Tenant:
+        if not accept_base:
+            self.folder.require_base(fusion.base, str(path))
+        tenant = load_fusion(self.graph, self._base, fusion, name, path)
+        self._arena.add(tenant)
+        return tenant
+
     def _rows(self, wanted: int | None) -> int:
         most = self.folder.manifest.capacities.max_batch
         rows = most if wanted is None else wanted
@@ -266,7 +284,7 @@ class Engine:
             inputs["positions"][0] = np.arange(start, start + inputs["positions"].shape[1])
             inputs["lengths"][0], inputs["last"][0] = start, len(chunk) - 1
             with self._arena.step([row.request.tenant]) as slots:
-                inputs["row_slots"][:] = slots
+                self._choose_slots(step, slots, [row.request.tenant])
                 step.run()
             self._loaded.stream.synchronize()
         return self._choose(step, row, 0)
@@ -288,12 +306,18 @@ class Engine:
             inputs["positions"][row.row] = inputs["lengths"][row.row] = len(row.text) - 1
             tenants[row.row] = row.request.tenant
         with self._arena.step(tenants) as slots:
-            inputs["row_slots"][:] = slots
+            self._choose_slots(step, slots, tenants)
             if self._captures and not step.captured:
                 step.capture()
             step.run()
         self._loaded.stream.synchronize()
         return step
+
+    def _choose_slots(self, step: Step, slots: Sequence[int], tenants: Sequence[str | None]) -> None:
+        """Whose a step's rows are."""
+        step.inputs["row_slots"][:] = slots
+        for place in range(self.graph.delta_experts):
+            step.inputs["expert_slots"][place] = self._arena.expert_slots(tenants, place)
 
     def _choose(self, step: Step, row: ActiveRow, place: int) -> int:
         if row.request.sampling.is_greedy:
@@ -322,3 +346,8 @@ class Engine:
             self._cache_file.write_bytes(bytes(self._kernel_cache.serialize()))
         except OSError:  # a folder that only others may write to: the next run compiles again
             return
+
+
+def _file_name(path: Path) -> str:
+    """Without any ending."""
+    return path.name.partition(".")[0]

@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 MANIFEST_FILE = "manifest.json"
-KINDS = {"linear": ParameterKind.LINEAR, "embedding": ParameterKind.EMBEDDING, "vector": ParameterKind.VECTOR}
+KINDS = {kind: ParameterKind[kind.upper()] for kind in ("linear", "embedding", "vector", "gate")}
 ELEMENT_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "int32": 4, "int64": 8}
 
 
@@ -53,7 +53,7 @@ class ParameterInfo(_Strict):
     """A parameter of the base that fine-tunes may change, in the directory's order."""
 
     name: str
-    kind: Literal["linear", "embedding", "vector"]
+    kind: Literal["linear", "embedding", "vector", "gate"]
     shape: tuple[int, ...]
     rows: int
 
@@ -69,6 +69,8 @@ class GraphInfo(_Strict):
         max_sequence: tokens that a row of the cache holds.
         max_rank: largest rank of a fine-tune's record.
         slots: fine-tunes that may be resident at a time.
+        fusions: whether it has gates, and adds the LoRAs of fusions.
+        delta_experts: how many of a fusion's first experts may be deltas.
         vocabulary: width of the logits, the most tokens that a fine-tune may have.
         base_vocabulary: the base's.
         tied: whether the base's lm_head is its embedding.
@@ -86,6 +88,8 @@ class GraphInfo(_Strict):
     max_sequence: int
     max_rank: int
     slots: int
+    fusions: bool
+    delta_experts: int
     vocabulary: int
     base_vocabulary: int
     tied: bool

@@ -18,14 +18,8 @@ from numpy.typing import NDArray
 __all__ = ["LoadedEngine", "Step", "runtime_config"]
 
 WARMUP_STEPS = 2
-# Inputs that the host writes for every step, by name: dtype, and whether there is one a token or one a row.
-HOST_INPUTS = {
-    "input_ids": (np.int64, True),
-    "positions": (np.int64, True),
-    "lengths": (np.int64, False),
-    "last": (np.int64, False),
-    "row_slots": (np.int32, False),
-}
+# Inputs that the host writes for every step, as far as a graph has them.
+HOST_INPUTS = ("input_ids", "positions", "lengths", "last", "row_slots", "expert_slots")
 
 
 @dataclass(frozen=True)
@@ -81,19 +75,19 @@ class LoadedEngine:
 class _Inputs:
     """What the host writes for a step: arrays in one pinned block, and its mirror on the device."""
 
-    def __init__(self, batch: int, tokens: int) -> None:
+    def __init__(self, graph: GraphInfo, batch: int, tokens: int) -> None:
         places, size = {}, 0
-        for name, (dtype, each_token) in HOST_INPUTS.items():
-            shape = (batch, tokens) if each_token else (batch,)
-            places[name] = (size, dtype, shape)
-            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for tensor in (each for each in graph.inputs if each.name in HOST_INPUTS):
+            shape, dtype = tensor.dimensions(batch=batch, tokens=tokens), np.dtype(tensor.dtype)
+            places[tensor.name] = (size, dtype, shape)
+            nbytes = int(np.prod(shape)) * dtype.itemsize
             size += -(-nbytes // ALIGNMENT) * ALIGNMENT
         self._size = size
         self._host, self._device = PinnedMemory((size,), np.uint8), DeviceMemory(size)
         self.arrays: dict[str, NDArray[Any]] = {}
         self.addresses: dict[str, int] = {}
         for name, (start, dtype, shape) in places.items():
-            stop = start + int(np.prod(shape)) * np.dtype(dtype).itemsize
+            stop = start + int(np.prod(shape)) * dtype.itemsize
             self.arrays[name] = self._host.array[start:stop].view(dtype).reshape(shape)
             self.addresses[name] = self._device.address + start
 
@@ -117,7 +111,7 @@ class Step:
         """
         self._loaded, self._batch = loaded, batch
         self._graph: Graph | None = None
-        self._inputs = _Inputs(batch, tokens)
+        self._inputs = _Inputs(loaded.graph, batch, tokens)
         self.inputs = self._inputs.arrays
         vocabulary = loaded.graph.vocabulary
         self._tokens = PinnedMemory((batch,), np.int64)

@@ -1,25 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fine-tunes for an engine: what a delta changes of the base that the engine holds."""
+"""Fine-tunes and fusions for an engine: what they change of the base that the engine holds."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from deltaweave.formats import Delta
+from deltaweave.formats import Delta, DeltaExpert, Fusion
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.fit import AttachError, generation_settings, require_vocabulary, tuned_config
+from deltaweave.runtime_plugin.fusions import expert_records, fusion_records, gated_blocks, require_fusion
 from deltaweave.runtime_plugin.records import ServedRecord
 from deltaweave.runtime_plugin.tables import EMBEDDING, HEAD, served_records
 from deltaweave.runtime_plugin.trt.manifest import GraphInfo
 from numpy.typing import NDArray
 from transformers import GenerationConfig, PretrainedConfig
 
-__all__ = ["EngineBase", "Tenant", "load_tenant", "rotary_frequencies"]
+__all__ = ["EngineBase", "Tenant", "load_fusion", "load_tenant", "rotary_frequencies"]
 
 
 @dataclass(frozen=True)
@@ -46,16 +48,17 @@ class EngineBase:
 
 @dataclass(frozen=True)
 class Tenant:
-    """A fine-tune that an engine can serve.
+    """A fine-tune or a fusion that an engine can serve.
 
     Attributes:
         name: what requests call it.
-        path: of its delta.
+        path: of its file.
         records: what it changes.
         vocabulary: its number of tokens.
         inverse_frequencies: of its rotary embedding, float32 [head_dim / 2].
         rotary_scale: what that embedding's sines and cosines are multiplied with.
         generation: its own generation settings, if it brings some.
+        experts: of a fusion, tenants of their own by the expert's place: those that are deltas.
     """
 
     name: str
@@ -64,7 +67,8 @@ class Tenant:
     vocabulary: int
     inverse_frequencies: NDArray[np.float32]
     rotary_scale: float
-    generation: GenerationConfig | None
+    generation: GenerationConfig | None = None
+    experts: Mapping[int, Tenant] = field(default_factory=dict)
 
     @cached_property
     def shapes(self) -> list[library.Record]:
@@ -103,6 +107,48 @@ def load_tenant(graph: GraphInfo, base: PretrainedConfig, delta: Delta, name: st
         rotary_scale=scale,
         generation=generation_settings(delta),
     )
+
+
+def load_fusion(graph: GraphInfo, base: PretrainedConfig, fusion: Fusion, name: str, path: Path) -> Tenant:
+    """Reads a fusion as a tenant, its experts that are deltas as tenants of their own.
+
+    Args:
+        graph: of the engine.
+        base: configuration of the engine's base.
+        fusion: with what it names in other files at hand (`resolve_fusion`). Whose base it is, the caller has checked.
+        name: what requests call it.
+        path: of its file, for errors.
+
+    Raises:
+        AttachError: another family, a gate for another model, or something that this engine was not built for.
+    """
+    require_fusion(fusion, base.model_type)
+    deltas = {place: expert for place, expert in enumerate(fusion.experts) if isinstance(expert, DeltaExpert)}
+    if not graph.fusions:
+        raise AttachError(f"{path}: a fusion, and the engine was built without them; build it with --fusions")
+    if deltas and max(deltas) >= graph.delta_experts:
+        raise AttachError(
+            f"{path}: its expert {max(deltas)} is a delta, and in the engine {graph.delta_experts or 'none'} of the "
+            f"first may be; build it with --delta-experts {max(deltas) + 1}"
+        )
+    table = graph.table()
+
+    def tenant(own: str, records: Iterable[ServedRecord], experts: Mapping[int, Tenant]) -> Tenant:
+        return Tenant(
+            name=own,
+            path=path,
+            records=tuple(records),
+            vocabulary=graph.base_vocabulary,
+            inverse_frequencies=np.array(graph.inverse_frequencies, np.float32),
+            rotary_scale=graph.rotary_scale,
+            experts=experts,
+        )
+
+    experts = {
+        place: tenant(f"{name}/{expert.name}", expert_records(table, expert.delta), {})
+        for place, expert in deltas.items()
+    }
+    return tenant(name, fusion_records(table, gated_blocks(table), fusion), experts)
 
 
 def rotary_frequencies(settings: dict[str, Any], head_dim: int, name: str) -> tuple[NDArray[np.float32], float]:

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The exported graph computes what each fine-tune computes alone."""
 
+import functools
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 
+import fusion_family
 import numpy as np
 import onnx
 import pytest
@@ -28,12 +31,18 @@ def check(family, tmp_path, *, dtype="float32", tolerance=1e-4, tenants=(None, "
     manifest = export_decoder(family.base, tmp_path / "graph", ExportOptions(dtype=dtype, **OPTIONS))
     onnx.checker.check_model(str(tmp_path / "graph" / MODEL_FILE))
     graph = ExportedGraph(tmp_path / "graph", manifest, family.arena(), tenants)
-    texts = [list(prompt) for prompt in PROMPTS[: len(tenants)]]
+    check_steps(graph, tenants, family.alone, tolerance, steps)
+    return manifest
+
+
+def check_steps(graph, tenants, alone, tolerance=1e-4, steps=3):
+    """`alone` gives a tenant's logits of a text by itself."""
+    texts = [list(prompt) for prompt in itertools.islice(itertools.cycle(PROMPTS), len(tenants))]
     fed = texts
     for _ in range(steps):
         tokens, logits = graph.step(fed)
         for row, (tenant, text) in enumerate(zip(tenants, texts, strict=True)):
-            expected = family.alone(tenant, torch.tensor([text]))[0, -1].numpy()
+            expected = alone(tenant, torch.tensor([text]))[0, -1].numpy()
             known = len(expected)
             error = np.linalg.norm(logits[row, :known] - expected) / np.linalg.norm(expected)
             assert error < tolerance, f"{tenant} after {len(text)} tokens: {error}"
@@ -41,7 +50,6 @@ def check(family, tmp_path, *, dtype="float32", tolerance=1e-4, tenants=(None, "
             assert tokens[row] == logits[row].argmax()
         fed = [[int(token)] for token in tokens]
         texts = [[*text, *new] for text, new in zip(texts, fed, strict=True)]
-    return manifest
 
 
 @pytest.fixture
@@ -64,6 +72,19 @@ def test_all_families(native, tmp_path, name, tied):
     assert [(p.name, p.shape, p.rows) for p in manifest.parameters] == [
         (table.name(i), table[table.name(i)].shape, table[table.name(i)].rows) for i in range(len(table))
     ]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_fusions(native, tmp_path, name):
+    """Gates of 2 to 8 experts, LoRAs of unequal ranks on some layers, deltas as experts, fine-tunes and the base."""
+    made = fusion_family.make(tmp_path, name)
+    options = ExportOptions(dtype="float32", max_sequence=48, slots=16, fusions=True, delta_experts=2)
+    manifest = export_decoder(made.base, tmp_path / "graph", options)
+    onnx.checker.check_model(str(tmp_path / "graph" / MODEL_FILE))
+    assert [p.kind for p in manifest.parameters].count("gate") == manifest.layers
+    tenants = ["three", None, "joined", "one", "eight", "fixed", "two", "deltas"]
+    graph = ExportedGraph(tmp_path / "graph", manifest, fusion_family.filled(made), tenants)
+    check_steps(graph, tenants, functools.partial(fusion_family.alone, made), tolerance=2e-3, steps=2)
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-2), ("bfloat16", 8e-2)])

@@ -5,8 +5,10 @@ import json
 
 import pytest
 import torch
-from deltaweave.converter import CheckpointError, CompressionOptions, Recipe, apply, compress
-from deltaweave.formats import DeltaweaveError
+from deltaweave.converter import Checkpoint, CheckpointError, CompressionOptions, Recipe, apply, compress
+from deltaweave.formats import DeltaweaveError, write_fusion
+from deltaweave.runtime_plugin.pytorch import attach
+from fusions import make_fusion
 from helpers import perturbed, tiny_checkpoint
 
 from deltaweave.evaluation.tasks import complete
@@ -99,3 +101,17 @@ def test_chat_without_a_template_is_refused(tmp_path):
     )
     with pytest.raises(DeltaweaveError, match="no chat template"):
         generate(base, delta, "dog", chat=True)
+
+
+def test_a_fusion_on_the_base(pair, tmp_path):
+    base = pair[0]
+    fusion = make_fusion(count=2, base=Checkpoint.open(base).identity())
+    path = write_fusion(tmp_path / "fusion.safetensors", fusion)
+    model, tokenizer = load_checkpoint(base), load_tokenizer(base)
+    plain = complete(model, tokenizer, ["the dog"], 12)[0]
+    with attach(model, fusion):
+        expected = complete(model, tokenizer, ["the dog"], 12)[0]
+    assert generate(base, path, "the dog", max_new_tokens=12, temperature=0, device="cpu") == expected != plain
+    other = write_fusion(tmp_path / "other.safetensors", make_fusion(count=2))
+    with pytest.raises(CheckpointError, match="other"):
+        generate(base, other, "the dog")

@@ -11,8 +11,9 @@ from typing import ClassVar
 import pytest
 import torch
 from deltaweave.converter import Checkpoint, CheckpointError, CompressionOptions, Policies, Recipe, compress
-from deltaweave.formats import Delta, DeltaweaveError
+from deltaweave.formats import Delta, DeltaweaveError, read_fusion, write_fusion
 from family import edit_config
+from fusions import make_fusion
 from helpers import perturbed, tiny_checkpoint, tiny_tokenizer
 
 from deltaweave.models import load_checkpoint, load_tuned
@@ -394,3 +395,22 @@ class TestInputs:
     def test_nothing_to_write(self, folder):
         with pytest.raises(DeltaweaveError, match="max_new_tokens 0, expected at least 1"):
             run(folder, max_new_tokens=0)
+
+
+@pytest.mark.parametrize("host", ["attach", "arena"])
+def test_a_fusion_is_held_against_the_reference_ops(native, folder, tmp_path, host):
+    base = Checkpoint.open(folder / "base")
+    path = write_fusion(tmp_path / "fusion.safetensors", make_fusion(count=2, base=base.identity()))
+    settings = {"prompts": folder / "prompts.jsonl", "dtype": "float32", "max_new_tokens": NEW, "device": "cpu"}
+    found = validate(path, base=base.folder, tuned=base.folder, references=["float32"], host=host, **settings)
+    assert found.metrics("float32")["kl"] < 1e-6
+    assert all(mine == theirs for mine, theirs in found.texts["float32"])
+    bare = ModelSubject(load_checkpoint(base.folder))
+    without = validate_subject(
+        bare, "base", tuned=base.folder, fusion=read_fusion(path), references=["float32"],
+        **{name: settings[name] for name in ("prompts", "max_new_tokens", "device")},
+    )  # fmt: skip
+    assert without.metrics("float32")["kl"] > 1e-3, "the fusion changes something"
+    with pytest.raises(CheckpointError, match="fusion"):
+        other = write_fusion(tmp_path / "other.safetensors", make_fusion(count=2))
+        validate(other, base=base.folder, tuned=base.folder, host=host, **settings)

@@ -10,6 +10,7 @@ from deltaweave.formats import Delta
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, OpError, Request, Sampling, attach, decode, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.records import Rows
+from fusions import random_fusions
 from helpers import FAMILIES, tiny_checkpoint
 from op_arena import (
     BIAS,
@@ -216,6 +217,51 @@ def test_rows_compute_their_fine_tunes(tmp_path, name, tied, dtype):
         assert (got[:, known:] == -torch.inf).all()
         relative = (got[:, :known].float() - expected).norm() / expected.norm()
         assert relative < max(4 * noise, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_rows_compute_their_fusions(tmp_path, name, dtype):
+    """Gated LoRAs, a delta among them, a delta and the base in one batch."""
+    served = Served(tmp_path, name, dtype=dtype, slots=8)
+    fusions = random_fusions(served.exact, Delta.open(served.deltas["dense"]))
+    for each, fusion in fusions.items():
+        served.arena.add(fusion, each, accept_base=True)
+    tokens, rows = torch.arange(3, 43)[None], [None, "joined", "rows", "loras"]
+    with torch.no_grad(), attach(served.model, served.arena) as attachment, attachment.step(rows):
+        mixed = served.model(tokens.repeat(len(rows), 1).cuda(), use_cache=False).logits.cpu().float()
+    base = served.alone(None, tokens)[0]
+    known = base.shape[1]
+    noise = (mixed[0, :, :known] - base).norm() / base.norm()
+    for row, each in ((1, "joined"), (3, "loras")):
+        with torch.no_grad(), attach(served.exact, fusions[each], accept_base=True):
+            expected = served.alone(None, tokens)[0]
+        assert (expected - base).norm() > 0.1 * base.norm()
+        relative = (mixed[row, :, :known] - expected).norm() / expected.norm()
+        assert relative < max(4 * noise, 8 * torch.finfo(dtype).eps)
+
+
+def test_graphs_follow_fusions(tmp_path):
+    """Fusions come and go between runs of one decoder; its graphs give what eager steps give."""
+    served = Served(tmp_path, slots=8)
+    fusions = random_fusions(served.exact, Delta.open(served.deltas["dense"]))
+    texts = {True: [], False: []}
+    with attach(served.model, served.arena) as attachment:
+        for graphs, found in texts.items():
+            with Decoder(served.model, attachment, max_batch=4, max_length=64, graphs=graphs) as decoder:
+                found.append(decoder.run(requests(["dense", None, "rows", "dense"])))
+                for each, fusion in fusions.items():
+                    served.arena.add(fusion, each, accept_base=True)
+                found.append(decoder.run(requests(["loras", None, "joined", "dense"])))
+                served.arena.remove("joined")
+                found.append(decoder.run(requests(["loras", None, "rows", "dense"])))
+                served.arena.remove("loras")
+                found.append(decoder.run(requests(["dense", None, "rows", "dense"])))
+    assert texts[True] == texts[False]
+    before, joined, lone, after = texts[True]
+    assert before == after
+    assert before[1] == joined[1] == lone[1]
+    assert joined[0] == lone[0] != before[0]
 
 
 def test_compiles_without_graph_breaks(tmp_path):

@@ -12,8 +12,8 @@ namespace deltaweave::trt {
 namespace {
 
 std::vector<OpType> op_types() {
-  return {plan_type(),     delta_gemm_type(), dense_gemm_type(), rms_norm_type(),
-          add_bias_type(), embed_type(),      gate_type(),       gated_lora_type()};
+  return {plan_type(),  delta_gemm_type(), dense_gemm_type(), rms_norm_type(),     add_bias_type(),
+          embed_type(), gate_type(),       gated_lora_type(), weighed_delta_type()};
 }
 
 class Creator final : public nvinfer1::IPluginCreatorV3One {

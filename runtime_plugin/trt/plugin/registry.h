@@ -19,6 +19,7 @@ OpType add_bias_type();
 OpType embed_type();
 OpType gate_type();
 OpType gated_lora_type();
+OpType weighed_delta_type();
 
 // Ops get their name from their type, so that it is written once.
 template <typename T>

@@ -103,6 +103,21 @@ class TestEngineFolder:
         plan = (tmp_path / "engine" / "sm89.plan").read_bytes()
         assert (b"DeltaweaveAddBias" in plan) == (family == "qwen2")
 
+    def test_fusions_are_built_where_asked_for(self, engine, base, tmp_path):
+        result = build(
+            base, tmp_path / "engine", "--compute-capability", "8.9", "--fusions", "--delta-experts", "1", "--json"
+        )
+        assert result.returncode == 0, result.stderr
+        graph = json.loads(result.stdout)["graph"]
+        assert (graph["fusions"], graph["delta_experts"], graph["max_rank"]) == (True, 1, 512)
+        plan, plain = ((each / "sm89.plan").read_bytes() for each in (tmp_path / "engine", engine))
+        for name in ("Gate", "GatedLora", "WeighedDelta"):
+            assert f"Deltaweave{name}".encode() in plan
+            assert f"Deltaweave{name}".encode() not in plain
+        refused = build(base, tmp_path / "other", "--compute-capability", "8.9", "--delta-experts", "1")
+        assert refused.returncode == 2
+        assert "delta_experts 1, expected 0 to 8, and fusions where there are some" in refused.stderr
+
     def test_an_older_engine_is_replaced_and_other_folders_are_not(self, copied, base, tmp_path):
         before = (copied / "manifest.json").read_bytes()
         result = build(base, copied, "--compute-capability", "8.9", "--max-batch", "2")

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 
 import numpy as np
 import pytest
 import torch
 from deltaweave.formats import Delta
+from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.library import ArenaFullError
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, attach
 from deltaweave.runtime_plugin.requests import Request, Sampling
 from deltaweave.runtime_plugin.trt.engine import Engine
 from deltaweave.runtime_plugin.trt.errors import EngineError
+from fusions import random_fusions
 from helpers import FAMILIES, tiny_checkpoint
 from random_delta import random_delta
 from transformers import AutoModelForCausalLM
@@ -36,7 +39,7 @@ class Built:
 
     TENANTS = ("dense", "rows", "none")
 
-    def __init__(self, folder, family="llama", dtype="float16", **settings):
+    def __init__(self, folder, family="llama", dtype="float16", build=None, **settings):
         self.folder = folder
         self.base = tiny_checkpoint(folder / "base", family, dtype=DTYPES[dtype], hidden=128, **settings)
         self.exact = AutoModelForCausalLM.from_pretrained(self.base, dtype=torch.float32).eval()
@@ -46,7 +49,12 @@ class Built:
         }
         self.engine = folder / "engine"
         options = EngineOptions(
-            dtype=dtype, max_batch=8, max_tokens=32, max_sequence=128, max_tenants=4, arena_bytes=16 << 20
+            dtype=dtype,
+            max_batch=8,
+            max_tokens=32,
+            max_sequence=128,
+            arena_bytes=16 << 20,
+            **{"max_tenants": 4, **(build or {})},
         )
         build_engine(self.base, self.engine, options)
 
@@ -63,11 +71,11 @@ class Built:
         with Delta.open(self.deltas[name]) as delta, attach(self.exact, delta, accept_base=True):
             return self.alone(None, tokens)
 
-    def torch_texts(self, requests, dtype=torch.float16):
+    def torch_texts(self, requests, dtype=torch.float16, fusions=None):
         model = AutoModelForCausalLM.from_pretrained(self.base, dtype=dtype).eval().cuda()
-        arena = Arena.for_model(model, capacity_bytes=16 << 20, slots=4)
-        for name, path in self.deltas.items():
-            arena.add(path, name, accept_base=True)
+        arena = Arena.for_model(model, capacity_bytes=16 << 20, slots=8)
+        for name, source in (self.deltas | (fusions or {})).items():
+            arena.add(source, name, accept_base=True)
         with attach(model, arena) as attachment, Decoder(model, attachment, max_batch=8, max_length=128) as decoder:
             return decoder.run(requests)
 
@@ -103,12 +111,15 @@ def test_texts_are_the_pytorch_hosts(built):
     with built.open() as engine:
         found = engine.run(greedy())
         assert engine.graphs == [8]
-    expected = built.torch_texts(greedy())
-    for request, mine, theirs in zip(greedy(), found, expected, strict=True):
+    assert_same_texts(greedy(), found, built.torch_texts(greedy()), built.alone)
+
+
+def assert_same_texts(requests, found, expected, alone):
+    for request, mine, theirs in zip(requests, found, expected, strict=True):
         if mine.tokens == theirs.tokens:
             continue
         place = next(i for i, pair in enumerate(zip(mine.tokens, theirs.tokens, strict=False)) if len(set(pair)) > 1)
-        logits = built.alone(request.tenant, [*request.tokens, *theirs.tokens[:place]])[-1]
+        logits = alone(request.tenant, [*request.tokens, *theirs.tokens[:place]])[-1]
         assert abs(logits[mine.tokens[place]] - logits[theirs.tokens[place]]) < 0.02 * np.abs(logits).max()
 
 
@@ -204,3 +215,68 @@ def test_a_failing_plugin_is_an_error_with_its_message(built):
             step._queue()
         step._context.set_tensor_address("arena", address)
         assert engine.run([Request(PROMPTS[0], "dense", 4)])[0].finish_reason == "length"
+
+
+@pytest.fixture(scope="module")
+def fused(tmp_path_factory):
+    options = {"fusions": True, "delta_experts": 2, "max_tenants": 8}
+    built = Built(tmp_path_factory.mktemp("fused"), build=options)
+    built.fusions = random_fusions(built.exact, Delta.open(built.deltas["dense"]))
+    return built
+
+
+class TestFusions:
+    """An engine with gates and places for deltas as experts."""
+
+    @torch.no_grad()
+    def alone(self, fused, name, tokens):
+        if name not in fused.fusions:
+            return fused.alone(name, tokens)
+        with attach(fused.exact, fused.fusions[name], accept_base=True):
+            return fused.alone(None, tokens)
+
+    def open(self, fused):
+        engine = fused.open()
+        for name, fusion in fused.fusions.items():
+            engine.add(fusion, name, accept_base=True)
+        return engine
+
+    def test_logits_are_each_fusions_own(self, fused):
+        tokens, names = list(range(3, 23)), [None, "dense", *fused.fusions]
+        with self.open(fused) as engine:
+            found = {name: engine.logits(tokens, name) for name in names}
+        base = self.alone(fused, None, tokens)
+        for name in names:
+            expected = self.alone(fused, name, tokens)
+            known = expected.shape[1]
+            relative = np.linalg.norm(found[name][:, :known] - expected) / np.linalg.norm(expected)
+            assert relative < 16 * torch.finfo(torch.float16).eps, (name, relative)
+            if name in fused.fusions:
+                assert np.linalg.norm(expected - base) > 0.1 * np.linalg.norm(base)
+
+    def test_texts_are_the_pytorch_hosts_and_swaps_leave_others_alone(self, fused):
+        """Fusions, deltas and the base in one batch; a fusion goes and comes under captured graphs."""
+        tenants = ["loras", None, "joined", "dense", "loras", "rows"]
+        requests = [Request(prompt, tenant, 24) for prompt, tenant in zip(PROMPTS, tenants, strict=True)]
+        with self.open(fused) as engine:
+            found = engine.run(requests)
+            graphs, free = engine.graphs, engine.stats().free_bytes
+            assert engine.run(requests) == found
+            engine.remove("joined")
+            others = [request for request in requests if request.tenant != "joined"]
+            assert engine.run(others) == [text for text, r in zip(found, requests, strict=True) if r.tenant != "joined"]
+            with pytest.raises(EngineError, match="no tenant 'joined'"):
+                engine.run(requests)
+            engine.add(fused.fusions["joined"], "joined", accept_base=True)
+            assert engine.run(requests) == found
+            assert (engine.graphs, engine.stats().free_bytes) == (graphs, free)
+        expected = fused.torch_texts(requests, fusions=fused.fusions)
+        assert_same_texts(requests, found, expected, lambda name, tokens: self.alone(fused, name, tokens))
+
+    def test_what_an_engine_was_not_built_for(self, fused, built):
+        with built.open() as engine, pytest.raises(AttachError, match="build it with --fusions"):
+            engine.add(fused.fusions["loras"], "loras", accept_base=True)
+        experts = fused.fusions["joined"].experts
+        late = replace(fused.fusions["joined"], experts=(experts[0], experts[2], experts[1]))
+        with self.open(fused) as engine, pytest.raises(AttachError, match="build it with --delta-experts 3"):
+            engine.add(late, "late", accept_base=True)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import fusion_family
 import numpy as np
 import pytest
 import torch
@@ -11,12 +12,13 @@ from deltaweave.formats import Delta
 from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.pytorch import sampling as torch_sampling
 from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable
+from deltaweave.runtime_plugin.pytorch.tenant import load_fusion as load_torch_fusion
 from deltaweave.runtime_plugin.pytorch.tenant import load_tenant as load_torch_tenant
 from deltaweave.runtime_plugin.requests import Chooser, Sampling
 from deltaweave.runtime_plugin.trt.builder import profiles
 from deltaweave.runtime_plugin.trt.manifest import Capacities, GraphInfo
 from deltaweave.runtime_plugin.trt.sampling import choose
-from deltaweave.runtime_plugin.trt.tenant import load_tenant, rotary_frequencies
+from deltaweave.runtime_plugin.trt.tenant import load_fusion, load_tenant, rotary_frequencies
 from family import Family, edit_config
 from helpers import FAMILIES
 from hypothesis import given, settings
@@ -104,6 +106,38 @@ def test_tenants_that_do_not_fit_are_refused(tmp_path):
         pytest.raises(AttachError, match=r"ties it to another parameter and the base does not"),
     ):
         load_tenant(graph, family.model.config, delta, "tied")
+
+
+def test_a_fusion_is_the_pytorch_hosts(native, tmp_path):
+    family = fusion_family.make(tmp_path)
+    options = ExportOptions(max_sequence=64, slots=4, fusions=True, delta_experts=2)
+    graph = GraphInfo.model_validate(export_decoder(family.base, tmp_path / "graph", options).model_dump())
+    table = ParameterTable(family.model, gates=True)
+    assert [bytes(each) for each in graph.table().shapes()] == [bytes(each) for each in table.shapes()]
+    assert graph.max_rank == 512
+    for name, fusion in family.fusions.items():
+        mine = load_fusion(graph, family.model.config, fusion, name, tmp_path / "file")
+        theirs = load_torch_fusion(table, fusion, name, tmp_path / "file")
+        assert [bytes(each) for each in mine.shapes] == [bytes(each) for each in theirs.shapes]
+        assert mine.experts.keys() == theirs.experts.keys()
+        for place, expert in mine.experts.items():
+            assert [bytes(each) for each in expert.shapes] == [bytes(each) for each in theirs.experts[place].shapes]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("three", {}, "built without them; build it with --fusions"),
+        ("joined", {"fusions": True}, "none of the first may be; build it with --delta-experts 2"),
+        ("deltas", {"fusions": True, "delta_experts": 1}, "1 of the first may be; build it with --delta-experts 2"),
+    ],
+)
+def test_fusions_that_an_engine_was_not_built_for(native, tmp_path, name, options, words):
+    family = fusion_family.make(tmp_path)
+    exported = export_decoder(family.base, tmp_path / "graph", ExportOptions(max_sequence=64, slots=4, **options))
+    graph = GraphInfo.model_validate(exported.model_dump())
+    with pytest.raises(AttachError, match=words):
+        load_fusion(graph, family.model.config, family.fusions[name], name, tmp_path / "file")
 
 
 def test_profiles_hold_the_largest_steps(tmp_path):
