@@ -151,7 +151,7 @@ def test_plots_are_drawn_from_what_there_is(tmp_path: Path) -> None:
     paths = draw(content(rows), tmp_path, "run")
     assert sorted(path.name for path in paths) == ["run_share.png", "run_sweep.png", "run_tenants.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
-    assert draw(content([]), tmp_path, "empty")
+    assert draw(content([]), tmp_path, "empty") == []
 
 
 def test_the_command_reports_an_earlier_run(tmp_path: Path) -> None:

@@ -28,7 +28,6 @@ LABELS = {
     "humming": "humming-kernels, grouped",
     "gemlite": "gemlite, loop",
 }
-FIRST_MODEL = "Llama-2-7B"
 
 
 def markdown(content: dict[str, Any]) -> str:
@@ -143,23 +142,25 @@ def _missing(results: Results) -> str:
 
 
 def draw(content: dict[str, Any], folder: Path, stem: str) -> list[Path]:
-    """Three plots beside the JSON; returns their paths."""
+    """Plots of what was measured, beside the JSON; returns their paths."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     results = Results(content)
-    plots: dict[str, Callable[[Results, Any], None]] = {
-        "tenants": _draw_tenants,
-        "share": _draw_share,
-        "sweep": _draw_sweep,
+    models, swept = len(results.models()), any(row["table"] == "sweep" for row in results.rows)
+    plots: dict[str, tuple[int, Callable[[Results, Any], None]]] = {
+        "tenants": (models, _draw_tenants),
+        "share": (models, _draw_share),
+        "sweep": (2 * swept, _draw_sweep),
     }
     written = []
-    for name, paint in plots.items():
-        columns = 2 if name == "sweep" else 1
-        figure, axes = plt.subplots(1, columns, figsize=(7.5 * columns, 4.5), layout="constrained")
-        paint(results, axes)
+    for name, (columns, paint) in plots.items():
+        if not columns:
+            continue
+        figure, axes = plt.subplots(1, columns, figsize=(7.5 * columns, 4.5), layout="constrained", squeeze=False)
+        paint(results, axes[0])
         figure.suptitle(f"{content['device']}, {content['date']}", fontsize=9)
         path = folder / f"{stem}_{name}.png"
         figure.savefig(path, dpi=110)
@@ -168,19 +169,21 @@ def draw(content: dict[str, Any], folder: Path, stem: str) -> list[Path]:
     return written
 
 
-def _draw_tenants(results: Results, axes: Axes) -> None:
-    """Time of a decode step's linears against tenants."""
-    for name in _ordered(results, "models"):
-        _line(axes, name, [(n, results.model_ms(FIRST_MODEL, name, (n, n))) for n in _tenants(results)])
-    _finish(axes, f"{FIRST_MODEL}, one token a tenant", "tenants", "ms a step, linears")
+def _draw_tenants(results: Results, axes: Sequence[Axes]) -> None:
+    """Time of a decode step's linears against tenants, a model beside the other."""
+    for model, each in zip(results.models(), axes, strict=True):
+        for name in _ordered(results, "models"):
+            _line(each, name, [(n, results.model_ms(model, name, (n, n))) for n in _tenants(results)])
+        _finish(each, f"{model}, one token a tenant", "tenants", "ms a step, linears")
 
 
-def _draw_share(results: Results, axes: Axes) -> None:
-    """Bandwidth of each contender's own bytes."""
-    for name in _ordered(results, "models"):
-        _line(axes, name, [(n, results.model_share(FIRST_MODEL, name, (n, n))) for n in _tenants(results)])
-    axes.axhline(0.8, color="gray", linewidth=0.8, linestyle=":")
-    _finish(axes, f"{FIRST_MODEL}: own weight bytes over time", "tenants", "share of the copy rate", linear=True)
+def _draw_share(results: Results, axes: Sequence[Axes]) -> None:
+    """Bandwidth of each contender's own bytes, a model beside the other."""
+    for model, each in zip(results.models(), axes, strict=True):
+        for name in _ordered(results, "models"):
+            _line(each, name, [(n, results.model_share(model, name, (n, n))) for n in _tenants(results)])
+        each.axhline(0.8, color="gray", linewidth=0.8, linestyle=":")
+        _finish(each, f"{model}: own weight bytes over time", "tenants", "share of the copy rate", linear=True)
 
 
 def _draw_sweep(results: Results, axes: Sequence[Axes]) -> None:
