@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DeltaweaveGate and DeltaweaveGatedLora in a graph made by hand: built ahead of time, and refused by name."""
+"""The ops of fusions in a graph made by hand: built ahead of time, and refused by name."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ api = backend.api
 STAMP = {"domain": "deltaweave", "plugin_version": "1", "plugin_namespace": "deltaweave"}
 def info(name, kind, shape):
     return helper.make_tensor_value_info(name, kind, shape)
-def build(*, activation=TensorProto.FLOAT16, parameters=(1, 2), weights=None):
+def build(*, activation=TensorProto.FLOAT16, parameters=(1, 2), weights=None, expert=1):
     nodes = [
         helper.make_node("DeltaweavePlan", ["slots", "directory"], ["plan"], **STAMP),
         helper.make_node(
@@ -24,8 +24,13 @@ def build(*, activation=TensorProto.FLOAT16, parameters=(1, 2), weights=None):
         ),
         helper.make_node(
             "DeltaweaveGatedLora",
-            ["x", "q", "k", "plan", "arena", "directory", weights or "weights"], ["q_out", "k_out"],
+            ["x", "q", "k", "plan", "arena", "directory", weights or "weights"], ["q_lora", "k_lora"],
             parameters=list(parameters), max_rank=64, **STAMP,
+        ),
+        helper.make_node(
+            "DeltaweaveWeighedDelta",
+            ["x", "q_lora", "k_lora", "plan", "arena", "directory", weights or "weights"], ["q_out", "k_out"],
+            parameters=list(parameters), max_rank=64, expert=expert, **STAMP,
         ),
     ]
     inputs = [
@@ -65,10 +70,11 @@ print(build(activation=TensorProto.BFLOAT16))
 print(build(parameters=(1, 3)))
 print(build(weights="narrow"))
 print(build(weights="x"))
+print(build(expert=8))
 """
 
 
-def test_gate_and_gated_lora_build():
+def test_ops_of_fusions_build():
     result = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=240, check=False)
     assert result.returncode == 0, result.stderr
     said = result.stdout.splitlines()
@@ -78,6 +84,7 @@ def test_gate_and_gated_lora_build():
         "DeltaweaveGatedLora: parameter 3, the directory has 3",
         "DeltaweaveGatedLora: weights of shape [32, 4] for 32 tokens of 8 experts",
         "DeltaweaveGatedLora: input 6 has data type 1, expected FP32",
+        "DeltaweaveWeighedDelta: expert 8, expected 0 to 7",
     ]
     assert len(said) == len(expected), said
     for line, part in zip(said, expected, strict=True):
