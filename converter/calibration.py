@@ -237,10 +237,8 @@ class BlockStream:
         prefix = f"model.layers.{layer}."
         state = {}
         for name in block.state_dict():
-            if prefix + name not in self.checkpoint:
-                raise CheckpointError(f"{self.checkpoint.folder}: has no tensor {prefix + name}")
             if prefix + name not in without:
-                state[name] = self.checkpoint.tensor(prefix + name).to(self.device, self.dtype)
+                state[name] = self._weight(prefix + name)
         block.load_state_dict(state, strict=False, assign=True)
         return block
 
@@ -251,9 +249,20 @@ class BlockStream:
     @torch.no_grad()
     def forward(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """Runs a loaded block on [samples, sequence_length, hidden_size]."""
+        return self.differentiable(layer, hidden)
+
+    def differentiable(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
+        """`forward`, with gradients where they are enabled."""
         output = self._blocks[layer](hidden, **self._arguments[layer])
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    def final_norm(self) -> nn.Module:
+        """The norm behind the last block, with its weights."""
+        norm: nn.Module = self._decoder.norm
+        state = {name: self._weight(f"model.norm.{name}") for name in norm.state_dict()}
+        norm.load_state_dict(state, assign=True)
+        return norm
 
     def second_moment(
         self, layer: int, module: str, inputs: Activations, report: Callable[[int], None] | None = None
@@ -290,6 +299,11 @@ class BlockStream:
             handle.remove()
         assert total is not None
         return total
+
+    def _weight(self, name: str) -> torch.Tensor:
+        if name not in self.checkpoint:
+            raise CheckpointError(f"{self.checkpoint.folder}: has no tensor {name}")
+        return self.checkpoint.tensor(name).to(self.device, self.dtype)
 
     def _record(self, config: Any, sequence_length: int) -> list[dict[str, Any]]:
         """The keyword arguments that each block receives for an unpadded sequence."""

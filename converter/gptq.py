@@ -134,6 +134,6 @@ def _block_quantizer(quantizer: ColumnQuantizer, device: torch.device) -> Callab
 
         if isinstance(quantizer, VectorsAsRows):
             return gptq_triton.quantize_rows
-        if isinstance(quantizer, VectorsAsColumns) and quantizer.result.group_size <= gptq_triton.MAX_GROUP:
+        if isinstance(quantizer, VectorsAsColumns) and gptq_triton.takes_columns(quantizer):
             return gptq_triton.quantize_columns
     return quantize_block

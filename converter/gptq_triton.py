@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from deltaweave.converter.quantize import SMALLEST_SCALE, VectorsAsColumns, VectorsAsRows
 
-__all__ = ["MAX_GROUP", "quantize_columns", "quantize_rows"]
+__all__ = ["MAX_GROUP", "quantize_columns", "quantize_rows", "takes_columns"]
 
 # Columns of a tile. A power of two, not below `gptq.BLOCK`.
 TILE_COLUMNS = 128
@@ -73,6 +73,11 @@ def quantize_rows(
         enable_fp_fusion=False,
     )
     return errors.T
+
+
+def takes_columns(quantizer: VectorsAsColumns) -> bool:
+    """Whether `quantize_columns` can do it: min-max grids, in groups that fit into registers."""
+    return quantizer.fit == "min-max" and quantizer.result.group_size <= MAX_GROUP
 
 
 def quantize_columns(

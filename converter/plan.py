@@ -52,7 +52,7 @@ class CompressionOptions:
         device: where the arithmetic runs; None takes the GPU if there is one.
     """
 
-    recipe: Recipe = field(default_factory=lambda: Recipe.preset("triple"))
+    recipe: Recipe = field(default_factory=lambda: Recipe.preset("optimal"))
     calibration: str = "default"
     samples: int = 128
     sequence_length: int | None = None
@@ -143,7 +143,7 @@ def resume_key(plan: CompressionPlan, options: CompressionOptions) -> dict[str, 
     return {
         "base": plan.base.fingerprint(),
         "tuned": plan.tuned.fingerprint(),
-        "recipe": options.recipe.model_dump(),
+        "recipe": options.recipe.model_dump(mode="json"),
         "calibration": options.calibration,
         "calibration_text": source_digest(options.calibration) if options.calibrated else None,
         "samples": options.samples,

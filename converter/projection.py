@@ -21,6 +21,9 @@ from deltaweave.formats import FactoredRecord
 
 __all__ = ["CompressedProjection", "compress_stage"]
 
+# Relative to the mean diagonal; keeps ranks that the calibration data hardly drives where the decomposition put them.
+CORRECTION_RIDGE = 1e-4
+
 
 @dataclass(frozen=True)
 class CompressedProjection:
@@ -58,7 +61,7 @@ def compress_stage(
         if factor.rank == 0:
             results.append(CompressedProjection(None, torch.zeros_like(delta)))
             continue
-        u = _quantize_u(factor, plan, v, hessian, recipe)
+        u = _quantize_u(delta, factor, plan, v, hessian, recipe)
         approximation = u.values.T @ (factor.sigma[:, None] * v.values)
         quality = {"energy_kept": factor.energy, **_errors(delta, approximation, hessian)}
         shape = (delta.shape[0], delta.shape[1])
@@ -78,9 +81,9 @@ def _quantize_v(
     vectors = torch.cat([factor.v for factor in factors])
     bits = torch.cat([bits_of_ranks(plan.bands) for plan in plans])
     if hessian is None or not len(bits):
-        together = round_to_nearest(vectors, bits, recipe.group_size)
+        together = round_to_nearest(vectors, bits, recipe.group_size, recipe.grid)
     else:
-        quantizer = VectorsAsRows(vectors, bits, recipe.group_size)
+        quantizer = VectorsAsRows(vectors, bits, recipe.group_size, recipe.grid)
         gptq(
             vectors,
             hessian,
@@ -94,23 +97,46 @@ def _quantize_v(
 
 
 def _quantize_u(
-    factor: Factors, plan: BandPlan, v: QuantizedRows, hessian: torch.Tensor | None, recipe: Recipe
+    delta: torch.Tensor,
+    factor: Factors,
+    plan: BandPlan,
+    v: QuantizedRows,
+    hessian: torch.Tensor | None,
+    recipe: Recipe,
 ) -> QuantizedRows:
     """U against the input it will see at run time, `sigma * (V^ x)`; its Hessian follows from V^ without new data."""
     bits = bits_of_ranks(plan.bands)
-    if hessian is None:
-        return round_to_nearest(factor.u.T.contiguous(), bits, recipe.group_size)
     basis = factor.sigma[:, None] * v.values
-    quantizer = VectorsAsColumns(factor.u.shape[0], bits, recipe.group_size, factor.u.device)
-    u_hessian = basis @ hessian @ basis.T
+    u_hessian = basis @ basis.T if hessian is None else basis @ hessian @ basis.T
+    target = factor.u
+    if recipe.correct_target:
+        seen = delta if hessian is None else delta @ hessian
+        target = _corrected(factor.u, u_hessian, seen @ basis.T)
+    if hessian is None:
+        return round_to_nearest(target.T.contiguous(), bits, recipe.group_size, recipe.grid)
+    quantizer = VectorsAsColumns(target.shape[0], bits, recipe.group_size, target.device, recipe.grid)
     gptq(
-        factor.u,
+        target,
         u_hessian,
         quantizer,
         damping=recipe.damping,
         activation_order=recipe.activation_order,
     )
     return quantizer.result
+
+
+def _corrected(u: torch.Tensor, u_hessian: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
+    """The U that makes most of a quantized V: least squares of `delta x` on `h = sigma * (V^ x)`, drawn a little to `u`.
+
+    Args:
+        u: [out_features, rank] as decomposed.
+        u_hessian: [rank, rank], sum of h h^T.
+        products: [out_features, rank], sum of (delta x) h^T.
+    """
+    moment = u_hessian.double()
+    ridge = CORRECTION_RIDGE * float(moment.diagonal().mean())
+    moment.diagonal().add_(ridge)
+    return torch.linalg.solve(moment, (products.double() + ridge * u.double()).T).T.float()
 
 
 def _errors(delta: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None) -> dict[str, float]:

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Grids for singular vectors: min-max per group, rounded to the file's fp16 before any code is chosen.
+"""Grids for singular vectors: one per group, rounded to the file's fp16 before any code is chosen.
+
+A grid spans its group's minimum and maximum, or the part of that span with the least squared error.
 
 Both factors are stored as rows, one per singular vector, in groups along the row (formats/SPEC.md). GPTQ sees V with
 vectors as rows and U with vectors as columns, hence two quantizers over one grid.
@@ -9,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -16,6 +19,7 @@ from deltaweave.formats import Band, PackedBand, PackedMatrix, pack_codes, row_b
 from torch.nn.functional import pad
 
 __all__ = [
+    "GridFit",
     "QuantizedRows",
     "VectorsAsColumns",
     "VectorsAsRows",
@@ -25,6 +29,10 @@ __all__ = [
 ]
 
 SMALLEST_SCALE = 2.0**-24  # the least positive fp16
+GridFit = Literal["min-max", "squared-error"]
+# Shares of a group's span that a fitted grid may cover, the whole of it first: Gaussian values are best served at
+# 2 bits by half of it, at 8 bits by nearly all.
+SPANS = tuple(1 - step / 24 for step in range(16))
 
 
 @dataclass
@@ -74,13 +82,16 @@ def bits_of_ranks(bands: Sequence[Band]) -> torch.Tensor:
     return torch.tensor([band.bits for band in bands for _ in range(band.rank)], dtype=torch.int64)
 
 
-def round_to_nearest(vectors: torch.Tensor, bits: torch.Tensor, group_size: int) -> QuantizedRows:
+def round_to_nearest(
+    vectors: torch.Tensor, bits: torch.Tensor, group_size: int, fit: GridFit = "min-max"
+) -> QuantizedRows:
     """Quantizes each vector by itself.
 
     Args:
         vectors: [rank, length] float32.
         bits: [rank] int64.
         group_size: values per grid.
+        fit: what grids are fitted to.
     """
     rank, length = vectors.shape
     result = QuantizedRows.empty(rank, length, group_size, vectors.device)
@@ -93,6 +104,7 @@ def round_to_nearest(vectors: torch.Tensor, bits: torch.Tensor, group_size: int)
             _grouped(vectors[rows], group_size),
             _group_lengths(vectors.shape[1], group_size, vectors.device),
             width,
+            fit,
         )
         scale, zero = _per_value(grid, vectors.shape[1], group_size)
         codes = _encode(vectors[rows], scale, zero, (1 << width) - 1)
@@ -112,9 +124,11 @@ class VectorsAsRows:
         zero: [groups, rank] float32.
     """
 
-    def __init__(self, vectors: torch.Tensor, bits: torch.Tensor, group_size: int) -> None:
+    def __init__(
+        self, vectors: torch.Tensor, bits: torch.Tensor, group_size: int, fit: GridFit = "min-max"
+    ) -> None:
         """Fits the grids of `vectors` [rank, length] float32 with `bits` [rank]."""
-        self.result = round_to_nearest(vectors, bits, group_size)
+        self.result = round_to_nearest(vectors, bits, group_size, fit)
         bits = bits.to(vectors.device)
         self.exact = bits == 16
         self.most = ((1 << bits.clamp_max(8)) - 1).float()
@@ -139,10 +153,14 @@ class VectorsAsColumns:
     Attributes:
         result: codes, values and grids as they come.
         bits: [rank] int64, on the device.
+        fit: what grids are fitted to.
     """
 
-    def __init__(self, length: int, bits: torch.Tensor, group_size: int, device: torch.device) -> None:
+    def __init__(
+        self, length: int, bits: torch.Tensor, group_size: int, device: torch.device, fit: GridFit = "min-max"
+    ) -> None:
         """Room for vectors of `length` with `bits` [rank]."""
+        self.fit = fit
         self.result = QuantizedRows.empty(bits.numel(), length, group_size, device)
         self.bits = bits.to(device)
         self._bits: list[int] = bits.tolist()
@@ -154,7 +172,7 @@ class VectorsAsColumns:
         if bits == 16:
             self.result.values[column] = values.half().float()
             return self.result.values[column]
-        grid = _fit_grid(_grouped(values, size), self._lengths, bits)
+        grid = _fit_grid(_grouped(values, size), self._lengths, bits, self.fit)
         scale, zero = _per_value(grid, values.numel(), size)
         codes = _encode(values, scale, zero, (1 << bits) - 1)
         self.result.codes[column], self.result.grid[column] = codes.to(torch.uint8), grid
@@ -162,16 +180,37 @@ class VectorsAsColumns:
         return self.result.values[column]
 
 
-def _fit_grid(groups: torch.Tensor, lengths: torch.Tensor, bits: int) -> torch.Tensor:
+def _fit_grid(groups: torch.Tensor, lengths: torch.Tensor, bits: int, fit: GridFit) -> torch.Tensor:
     """(scale, zero) float16 [..., groups, 2] of zero-padded groups [..., groups, group_size]."""
     if bits == 1:
         # Two levels around zero: the mean magnitude is their least-squares distance from it.
         scale = _storable(2 * groups.abs().sum(-1) / lengths)
         return torch.stack([scale, torch.full_like(scale, 0.5)], -1)
-    low, high = groups.amin(-1).clamp_max(0), groups.amax(-1).clamp_min(0)
+    grid = _spanning_grid(groups, bits, 1.0)
+    if fit == "min-max":
+        return grid
+    error = _grid_error(groups, grid, bits)
+    for span in SPANS[1:]:
+        other = _spanning_grid(groups, bits, span)
+        other_error = _grid_error(groups, other, bits)
+        better = other_error < error
+        grid, error = torch.where(better[..., None], other, grid), torch.where(better, other_error, error)
+    return grid
+
+
+def _spanning_grid(groups: torch.Tensor, bits: int, span: float) -> torch.Tensor:
+    """The grid between `span` times a group's minimum and `span` times its maximum, zero always included."""
+    low, high = span * groups.amin(-1).clamp_max(0), span * groups.amax(-1).clamp_min(0)
     scale = _storable((high - low) / ((1 << bits) - 1))
     zero = (-low / scale.float()).round().clamp(0, (1 << bits) - 1).half()
     return torch.stack([scale, zero], -1)
+
+
+def _grid_error(groups: torch.Tensor, grid: torch.Tensor, bits: int) -> torch.Tensor:
+    """Squared error of each group on its grid. Zeros that fill up the last group cost nothing: a code stands for 0."""
+    scale, zero = grid.float().unsqueeze(-2).unbind(-1)
+    codes = _encode(groups, scale, zero, (1 << bits) - 1)
+    return (scale * (codes - zero) - groups).square().sum(-1)
 
 
 def _storable(scale: torch.Tensor) -> torch.Tensor:

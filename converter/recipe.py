@@ -11,13 +11,18 @@ from typing import Any, Literal
 
 import yaml
 from deltaweave.converter.errors import RecipeError
+from deltaweave.converter.quantize import GridFit
 from deltaweave.formats import CODE_BITS, MAX_BANDS, Band, factored_bytes
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-__all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "parse_bands", "published_alpha"]
+__all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "Sensitivity", "parse_bands", "published_alpha"]
 
 BITS = (*CODE_BITS, 16)
 Rank = int | Literal["*", "full"]
+Sensitivity = Literal["fisher", "output", "weight"]
+AUTO = "auto"
+# What costs and times are estimated with while `auto` is not yet known.
+STAND_IN = "3:*"
 
 
 @dataclass(frozen=True)
@@ -38,10 +43,12 @@ class BandPlan:
     Attributes:
         bands: the bands, every rank at least 1.
         shrunk: whether fixed ranks had to give way to the byte budget.
+        order: the singular triplets that the bands hold, one a rank; None takes them by falling singular value.
     """
 
     bands: tuple[Band, ...]
     shrunk: bool = False
+    order: tuple[int, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -50,7 +57,12 @@ class BandPlan:
 
     def truncated(self, rank: int) -> BandPlan:
         """The same plan with at most `rank` ranks, cut from the cheap end."""
-        return BandPlan(_cut(self.bands, rank), self.shrunk)
+        return BandPlan(_cut(self.bands, rank), self.shrunk, self.order and self.order[:rank])
+
+    @property
+    def triplets(self) -> int:
+        """How many leading singular triplets must be known."""
+        return self.rank if self.order is None else max(self.order, default=-1) + 1
 
 
 class Recipe(BaseModel):
@@ -58,10 +70,17 @@ class Recipe(BaseModel):
 
     Attributes:
         name: what the model card calls it.
-        bands: by falling singular value; `*` stands for the rank that the ratio leaves, at most once and last.
-        overrides: bands for single kinds of projection (`k_proj`: ...).
-        ratio: budget of every projection as a share of its 16-bit bytes, scales, zeros and sigma included.
-            Bands without a `*` are taken as they are.
+        bands: by falling singular value; `*` stands for the rank that the ratio leaves, at most once and last. Or
+            `auto`: every singular vector gets the width that serves the whole model best.
+        widths: what `auto` chooses from, beside leaving a vector out.
+        sensitivity: what `auto` holds errors against. `fisher`: the change of the model's predictions that they are
+            expected to make (`sensitivity.py`); `output`: the projection's output; `weight`: the weights.
+        overrides: bands for single kinds of projection (`k_proj`: ...); not beside `auto`.
+        ratio: budget as a share of 16-bit bytes, scales, zeros and sigma included: of every projection, or with
+            `auto` of all together. Bands without a `*` are taken as they are.
+        grid: what the grids of codes are fitted to.
+        whiten: decompose the delta in the metric of its input's second moment.
+        correct_target: fit U to what V's quantization left of the delta before it is quantized.
         group_size: codes that share one scale and zero.
         damping: GPTQ's `percdamp`, relative to the mean of the Hessian's diagonal.
         activation_order: whether GPTQ visits columns by falling activation energy.
@@ -71,17 +90,36 @@ class Recipe(BaseModel):
 
     name: str = "custom"
     bands: str
+    widths: tuple[int, ...] = (2, 3, 4, 8)
+    sensitivity: Sensitivity = "fisher"
     overrides: dict[str, str] = Field(default_factory=dict)
     ratio: float = Field(default=1 / 16, gt=0, le=1)
     group_size: int = Field(default=128, ge=8, le=65536)
     damping: float = Field(default=0.01, gt=0, lt=1)
     activation_order: bool = True
+    grid: GridFit = "min-max"
+    whiten: bool = False
+    correct_target: bool = False
 
     @field_validator("bands")
     @classmethod
     def _check_bands(cls, bands: str) -> str:
-        parse_bands(bands)
+        if bands != AUTO:
+            parse_bands(bands)
         return bands
+
+    @field_validator("widths")
+    @classmethod
+    def _check_widths(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if not widths or len(set(widths)) < len(widths) or not set(widths) <= set(CODE_BITS):
+            raise ValueError(f"widths {list(widths)}, expected different ones of {', '.join(map(str, CODE_BITS))}")
+        return widths
+
+    @model_validator(mode="after")
+    def _check_auto(self) -> Recipe:
+        if self.allocated and self.overrides:
+            raise ValueError("overrides have no place beside bands: auto")
+        return self
 
     @field_validator("overrides")
     @classmethod
@@ -99,7 +137,7 @@ class Recipe(BaseModel):
         """
         if name not in PRESETS:
             raise RecipeError(f"recipe {name!r}: unknown, expected one of {', '.join(PRESETS)} or a YAML file")
-        return cls.checked({"name": name, "bands": PRESETS[name], **options}, f"recipe {name!r}")
+        return cls.checked({"name": name, **PRESETS[name], **options}, f"recipe {name!r}")
 
     @classmethod
     def from_yaml(cls, path: str | Path, **options: Any) -> Recipe:
@@ -125,15 +163,21 @@ class Recipe(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(str(part) for part in first["loc"])
-            raise RecipeError(f"{where}: {key}: {first['msg'].removeprefix('Value error, ')}") from error
+            message = first["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{where}: {key}: {message}" if key else f"{where}: {message}") from error
+
+    @property
+    def allocated(self) -> bool:
+        """Whether bands are `auto`: known only when the pair has been measured."""
+        return self.bands == AUTO
 
     @property
     def lossless(self) -> bool:
         """Whether projections keep full rank at 16 bits, so that nothing else should be the coarser part."""
-        return not self.overrides and all(spec == BandSpec(16, "full") for spec in parse_bands(self.bands))
+        return not self.allocated and not self.overrides and all(spec == BandSpec(16, "full") for spec in parse_bands(self.bands))
 
     def plan(self, kind: str, shape: tuple[int, int]) -> BandPlan:
-        """Solves the bands of one projection.
+        """Solves the bands of one projection; where they are `auto`, bands of like size that stand in for them.
 
         Args:
             kind: the projection's short name, such as `q_proj`.
@@ -142,7 +186,7 @@ class Recipe(BaseModel):
         Raises:
             RecipeError: when not even rank 1 fits the ratio.
         """
-        specs = parse_bands(self.overrides.get(kind, self.bands))
+        specs = parse_bands(STAND_IN if self.allocated else self.overrides.get(kind, self.bands))
         limit = min(shape)
         if specs[-1].rank != "*":
             fixed = [_band(spec.bits, limit if spec.rank == "full" else int(spec.rank)) for spec in specs]
@@ -167,11 +211,12 @@ class Recipe(BaseModel):
         return plan
 
 
-PRESETS = {
-    "triple": "8:2,3:32,2:*",
-    "double": "8:2,3:*",
-    "single": "3:*",
-    "low-rank": "16:*",
+PRESETS: dict[str, dict[str, Any]] = {
+    "optimal": {"bands": AUTO, "correct_target": True},
+    "triple": {"bands": "8:2,3:32,2:*"},
+    "double": {"bands": "8:2,3:*"},
+    "single": {"bands": "3:*"},
+    "low-rank": {"bands": "16:*"},
 }
 
 

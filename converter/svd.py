@@ -8,16 +8,20 @@ against `torch.linalg.svd`). The eigenproblem has the size of the shorter side o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Factors", "truncated_svd"]
+__all__ = ["Factors", "truncated_svd", "whitened_svd"]
 
 # Below this share of the largest singular value, a direction is rounding noise of the float64 Gram matrix.
 NOISE_FLOOR = 1e-7
 # Columns converted to float64 at a time: bounds the temporary at 64 MiB for a side of 16384.
 CHUNK = 512
+# Share of its mean diagonal that is added to a second moment before its root is taken: directions that were hardly seen
+# must not become the largest.
+WHITENING_DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -41,17 +45,26 @@ class Factors:
         """Number of singular values kept."""
         return self.sigma.numel()
 
+    def select(self, order: Sequence[int]) -> Factors:
+        """The triplets `order`, in that order; those that the delta does not have are left out."""
+        chosen = torch.tensor([index for index in order if index < self.rank], dtype=torch.int64).to(self.sigma.device)
+        sigma = self.sigma[chosen]
+        kept = float(sigma.double().square().sum() / self.sigma.double().square().sum()) if len(chosen) else 0.0
+        return Factors(self.u[:, chosen], sigma, self.v[chosen], self.energy * kept)
+
 
 def truncated_svd(delta: torch.Tensor, rank: int) -> Factors:
     """The `rank` largest singular triplets of a delta, fewer if its numerical rank is lower.
 
     Args:
         delta: [out_features, in_features] float32, on any device.
-        rank: number of triplets wanted, at least 1.
+        rank: number of triplets wanted.
 
     Returns:
         The factors; the largest entry of each pair's shorter vector is positive. Rank 0 for a delta of zeros.
     """
+    if rank == 0:
+        return _empty(delta)
     tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
     eigenvalues, eigenvectors = torch.linalg.eigh(_gram(tall))
     total = float(eigenvalues.clamp_min(0).sum())
@@ -65,6 +78,29 @@ def truncated_svd(delta: torch.Tensor, rank: int) -> Factors:
     u, v = (long, short) if delta.shape[0] >= delta.shape[1] else (short, long)
     energy = min(1.0, float(sigma.double().square().sum()) / total)
     return Factors(u.contiguous(), sigma, v.T.contiguous(), energy)
+
+
+def whitened_svd(delta: torch.Tensor, moment: torch.Tensor, rank: int) -> Factors:
+    """The triplets that matter most to the output: those of `delta @ root`, `root` being the input moment's square root.
+
+    Args:
+        delta: [out_features, in_features] float32.
+        moment: [in_features, in_features] float32, the input's second moment up to a factor.
+        rank: number of triplets wanted.
+
+    Returns:
+        Factors of `delta` whose v rows have unit length and are orthogonal in the metric of `moment`, not to each
+        other; their order is by falling contribution to the output.
+    """
+    damped = moment.double()
+    damped.diagonal().add_(WHITENING_DAMPING * damped.diagonal().mean())
+    eigenvalues, vectors = torch.linalg.eigh(damped)
+    roots = eigenvalues.clamp_min(0).sqrt()
+    root, inverse = (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
+    factors = truncated_svd(delta @ root.float(), rank)
+    v = factors.v @ inverse.float()
+    lengths = v.norm(dim=1)
+    return Factors(factors.u, factors.sigma * lengths, v / lengths[:, None], factors.energy)
 
 
 def _gram(tall: torch.Tensor) -> torch.Tensor:

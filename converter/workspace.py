@@ -89,6 +89,15 @@ class Workspace:
             if _layer_of(file) < layer and file != self.activations(saved):
                 file.unlink(missing_ok=True)
 
+    def measured(self, layer: int) -> Path:
+        """Where activations lie while sensitivities are measured; never resumed from."""
+        return self.folder / f"measured-{layer:05d}.bin"
+
+    def drop_measured(self) -> None:
+        """Deletes them."""
+        for file in self.folder.glob("measured-*"):
+            file.unlink(missing_ok=True)
+
     def cached_json(self, name: str) -> Any | None:
         """A small value kept by `cache_json`, None if there is none."""
         file = self.folder / name

@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bits for every singular vector under one byte budget over all projections.
+
+Each projection brings a table: what its singular vectors cost in quality at every bit width. For a price per byte, every
+vector takes the width with the least sum of quality lost and bytes paid, which finds the lower convex hull of the whole
+model's trade (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). The price is bisected
+until the bytes fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from deltaweave.converter.errors import RecipeError
+from deltaweave.converter.quantize import GridFit, round_to_nearest
+from deltaweave.converter.recipe import BandPlan
+from deltaweave.converter.svd import Factors
+from deltaweave.formats import Band, factored_bytes
+
+__all__ = ["Allocation", "DistortionTable", "allocate", "distortion_table"]
+
+# Kernels cut a band into blocks of 16 ranks and fill the last one up; a matrix this wide has ranks enough not to.
+KERNEL_RANKS, WIDE = 16, 1024
+MAX_RANK = 4096  # DW_MAX_RANK of cuda/include/deltaweave.h
+# Prices: steps of the search for two that enclose the budget, where they end, and how finely they are told apart.
+STRIDE, FREE, FINE = 64.0, 1e-30, 1 + 1e-6
+
+
+@dataclass(frozen=True)
+class DistortionTable:
+    """What the singular vectors of one projection lose at each bit width.
+
+    Attributes:
+        shape: (out_features, in_features).
+        order: [ranks] int64: the singular vectors by falling importance; their number is a multiple of `step`, but
+            for the last few of a matrix.
+        distortion: [1 + widths, ranks / step] float64, in nats a token if weighed by Fisher information: of a block of
+            `step` vectors when it is left out, then at each width.
+        step: vectors that share a width.
+    """
+
+    shape: tuple[int, int]
+    order: torch.Tensor
+    distortion: torch.Tensor
+    step: int
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A budget spent.
+
+    Attributes:
+        bands: of every projection; no bands where the base does as well.
+        total_bytes: of all projections' records.
+        distortion: predicted, in the unit of the tables.
+    """
+
+    bands: dict[str, BandPlan]
+    total_bytes: int
+    distortion: float
+
+
+def distortion_table(
+    factors: Factors,
+    input_moment: torch.Tensor,
+    output_weight: torch.Tensor,
+    widths: Sequence[int],
+    group_size: int,
+    fit: GridFit,
+) -> DistortionTable:
+    """Measures one projection's table by rounding its singular vectors to nearest at every width.
+
+    With H the input's second moment and G what an error of the outputs costs, a perturbation E of the weights costs
+    tr(G E H E^T) / 2. Vector i, left out, is E = sigma_i u_i v_i^T; quantized, its errors in v and in u add up.
+
+    Args:
+        factors: all singular triplets.
+        input_moment: H, [in_features, in_features] float32, per token.
+        output_weight: G, [out_features, out_features] float32.
+        widths: bit widths to choose from.
+        group_size: of the grids.
+        fit: of the grids.
+    """
+    v, u = factors.v[:MAX_RANK], factors.u.T.contiguous()[:MAX_RANK]
+    sigma = factors.sigma[:MAX_RANK].double()
+    v_energy, u_energy = _energy(v, input_moment), _energy(u, output_weight)
+    rows = [sigma.square() * v_energy * u_energy]
+    for width in widths:
+        bits = torch.full((len(sigma),), width)
+        v_error = _energy(v - round_to_nearest(v, bits, group_size, fit).values, input_moment)
+        u_error = _energy(u - round_to_nearest(u, bits, group_size, fit).values, output_weight)
+        rows.append(sigma.square() * (v_error * u_energy + v_energy * u_error))
+    distortion = torch.stack(rows).cpu() / 2
+    order = distortion[0].argsort(descending=True, stable=True)
+    shape = (u.shape[1], v.shape[1])
+    step = KERNEL_RANKS if min(shape) >= WIDE else 1
+    order = order[: max(step, len(order) // step * step)]
+    return DistortionTable(shape, order, _blocks(distortion[:, order], step), step)
+
+
+def allocate(
+    tables: Mapping[str, DistortionTable], widths: Sequence[int], group_size: int, budget: float
+) -> Allocation:
+    """Spends at most `budget` bytes on all projections so that the sum of distortions is least.
+
+    Raises:
+        RecipeError: a budget too small for a single singular vector.
+    """
+    def at(price: float) -> Allocation:
+        return _at_price(tables, widths, group_size, price)
+
+    dear = 1.0
+    while (best := at(dear)).total_bytes > budget:
+        dear *= STRIDE
+    cheap = dear
+    while cheap > FREE and (found := at(cheap)).total_bytes <= budget:
+        best, dear, cheap = found, cheap, cheap / STRIDE
+    while dear > cheap * FINE:
+        price = (cheap * dear) ** 0.5
+        found = at(price)
+        if found.total_bytes <= budget:
+            best, dear = found, price
+        else:
+            cheap = price
+    changed = any(float(table.distortion[0].sum()) for table in tables.values())
+    if changed and not any(plan.bands for plan in best.bands.values()):
+        raise RecipeError(f"ratio: {int(budget)} bytes for all projections do not hold one singular vector")
+    return best
+
+
+def _at_price(
+    tables: Mapping[str, DistortionTable], widths: Sequence[int], group_size: int, price: float
+) -> Allocation:
+    """The best choice of every block where a byte costs `price`."""
+    bands, total, distortion = {}, 0, 0.0
+    for name, table in tables.items():
+        prices = torch.tensor([0.0, *(price * _bytes(table.shape, width, group_size) for width in widths)]).double()
+        losses, choices = (table.distortion + table.step * prices[:, None]).min(0)
+        distortion += float(table.distortion.gather(0, choices[None]).sum())
+        plan = _plan(table, choices, widths)
+        bands[name] = plan
+        if plan.bands:
+            total += factored_bytes(table.shape, plan.bands, group_size).total
+    return Allocation(bands, total, distortion)
+
+
+def _plan(table: DistortionTable, choices: torch.Tensor, widths: Sequence[int]) -> BandPlan:
+    """Bands by falling width; within a band vectors stand by falling importance."""
+    per_vector = choices.repeat_interleave(table.step)[: len(table.order)]
+    bands, order = [], []
+    for choice in sorted(range(1, 1 + len(widths)), key=lambda choice: -widths[choice - 1]):
+        members = table.order[per_vector == choice]
+        if len(members):
+            bands.append(Band(widths[choice - 1], len(members)))
+            order += members.tolist()
+    return BandPlan(tuple(bands), order=tuple(order))
+
+
+def _bytes(shape: tuple[int, int], width: int, group_size: int) -> float:
+    """Of one singular vector: codes, grids and sigma; padding is counted when the bands are known."""
+    groups = sum(-(-length // group_size) for length in shape)
+    return sum(-(-width * length // 8) for length in shape) + 4 * groups + 4
+
+
+def _energy(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
+    """x M x^T of every row x, float64 [rows]."""
+    return ((rows @ moment) * rows).sum(1).double().clamp_min(0)
+
+
+def _blocks(distortion: torch.Tensor, step: int) -> torch.Tensor:
+    """Sums of `step` neighbours."""
+    return distortion.unflatten(1, (-1, step)).sum(2) if distortion.shape[1] % step == 0 else distortion.sum(1, True)
