@@ -45,6 +45,7 @@ class BitDeltaOptions:
         learning_rate: of Adam, on the logarithm of each scale.
         seed: of the windows drawn from the text.
         policies: embeddings and lm_head.
+        device: where the distillation runs; None takes the GPU if there is one.
     """
 
     calibration: str = "default"
@@ -54,6 +55,12 @@ class BitDeltaOptions:
     learning_rate: float = 1e-2
     seed: int = 0
     policies: Policies = field(default_factory=Policies)
+    device: str | None = None
+
+    @property
+    def torch_device(self) -> torch.device:
+        """The device that will be used."""
+        return torch.device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def compress_bitdelta(
@@ -118,6 +125,10 @@ def _record(delta: torch.Tensor, scale: torch.Tensor) -> Record:
 class _SignedLinear(nn.Module):
     """The base's projection plus a scaled sign matrix; only the scale learns."""
 
+    base: torch.Tensor
+    sign: torch.Tensor
+    start: torch.Tensor
+
     def __init__(
         self,
         base: torch.Tensor,
@@ -126,9 +137,10 @@ class _SignedLinear(nn.Module):
         bias: torch.Tensor | None,
     ) -> None:
         super().__init__()
-        self.base, self.bias = base, bias
-        self.sign = torch.where(delta > 0, 1.0, -1.0)
-        self.start = scale
+        self.bias = bias
+        self.register_buffer("base", base)
+        self.register_buffer("sign", torch.where(delta > 0, 1.0, -1.0))
+        self.register_buffer("start", scale)
         self.log_factor = nn.Parameter(torch.zeros(()))
 
     @property
@@ -150,16 +162,19 @@ def _distilled(
     teacher = AutoModelForCausalLM.from_pretrained(plan.tuned.folder, dtype=torch.float32).requires_grad_(False).eval()
     student = AutoModelForCausalLM.from_pretrained(plan.tuned.folder, dtype=torch.float32).requires_grad_(False).eval()
     layers = _install(student, plan, deltas, scales)
+    device = options.torch_device
+    teacher, student = teacher.to(device), student.to(device)
     optimizer = torch.optim.Adam([layer.log_factor for layer in layers.values()], lr=options.learning_rate)
     batches = calibration.tokens.split(options.batch_size)
     for step, tokens in enumerate(batches):
         progress("distilling scales", step, len(batches))
+        tokens = tokens.to(device)
         with torch.no_grad():
             target = teacher(tokens, use_cache=False).logits
         optimizer.zero_grad()
         mse_loss(student(tokens, use_cache=False).logits, target).backward()
         optimizer.step()
-    return {name: layer.scale.detach() for name, layer in layers.items()}
+    return {name: layer.scale.detach().cpu() for name, layer in layers.items()}
 
 
 def _install(

@@ -11,7 +11,7 @@ from time import monotonic
 from typing import Any
 
 import torch
-from deltaweave.converter.allocation import Allocation, DistortionTable, allocate, distortion_table
+from deltaweave.converter.allocation import RELIEF, Allocation, DistortionTable, allocate, distortion_table
 from deltaweave.converter.calibration import (
     Activations,
     BlockStream,
@@ -255,7 +255,11 @@ class _Compression:
                 outputs = moments.outputs[name]
             rank = min(projection.shape)
             factors = whitened_svd(delta, inputs, rank) if recipe.whiten and moments else truncated_svd(delta, rank)
-            yield name, distortion_table(factors, inputs, outputs, recipe.widths, recipe.group_size, recipe.grid)
+            relief = RELIEF if self.options.calibrated else 1.0
+            yield (
+                name,
+                distortion_table(factors, inputs, outputs, recipe.widths, recipe.group_size, recipe.grid, relief),
+            )
 
     def _layers_without_data(self, overlap: Overlap) -> None:
         layers, first = self.plan.layers, self._finished_layers()

@@ -202,6 +202,8 @@ class Recipe(BaseModel):
             if fits(tuple(fixed)) or not fixed
             else _shrink(fixed, specs[-1].bits, limit, fits)
         )
+        if not plan.bands and self.allocated:
+            return BandPlan((_band(specs[-1].bits, 1),))
         if not plan.bands:
             need = factored_bytes(shape, (_band(specs[-1].bits, 1),), self.group_size).total
             raise RecipeError(

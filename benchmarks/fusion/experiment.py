@@ -14,14 +14,12 @@ import argparse
 import json
 import statistics
 import sys
-import time
-import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
+from cells import Work
 from methods import METHODS, Bench, score
 from results_file import circumstances, write_result
 from rich.console import Console
@@ -36,35 +34,6 @@ CAVEAT = (
     "the papers' results with 7B models are not reproduced by this."
 )
 SMOKE = SkillRecipe(steps=2, batch_size=4, examples=8, rank=4, alpha=4, ratio=1 / 2, calibration=2)
-
-
-class Work:
-    """The folder of finished cells, and the clock."""
-
-    def __init__(self, folder: Path, seconds: float) -> None:
-        self.folder, self.until = folder, time.monotonic() + seconds
-        folder.mkdir(parents=True, exist_ok=True)
-
-    def cell(self, name: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any] | None:
-        """A cell's result: an earlier one, a new one, or None if the time is up. What fails is told and left out."""
-        path = self.folder / f"{name.replace(' ', '_')}.json"
-        if path.is_file():
-            found: dict[str, Any] = json.loads(path.read_text())
-            return found
-        if time.monotonic() > self.until:
-            print(f"{name}: no time left", flush=True)
-            return None
-        started = time.monotonic()
-        try:
-            result = make()
-        except Exception:  # one method's failure must not cost the others their cells
-            print(f"{name}: failed\n{traceback.format_exc()}", flush=True)
-            return None
-        result["seconds"] = round(time.monotonic() - started, 1)
-        write_result(path, result)
-        shown = {key: value for key, value in result.items() if isinstance(value, (int, float))}
-        print(f"{name}: {json.dumps(shown)}", flush=True)
-        return result
 
 
 def main() -> None:

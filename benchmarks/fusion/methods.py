@@ -15,9 +15,9 @@ import torch
 from deltaweave.converter.lora import read_peft_lora
 from deltaweave.formats import Delta
 from deltaweave.formats.fusion import Lora
-from skills import encode, train_xlora
+from finetune import encode, replies
+from skills import train_xlora
 from tasks import Item, joint, verdict
-from transformers import GenerationConfig
 
 from deltaweave.gates.baselines import HubRecipe, average_weights, search_weights
 from deltaweave.gates.examples import Example, ExampleSet
@@ -138,32 +138,17 @@ METHODS: dict[str, Callable[[Bench, int], Answering]] = {
 
 def score(model: Any, tokenizer: Any, items: Sequence[Item], new_tokens: int) -> dict[str, Any]:
     """Shares of items whose greedy answer is right, in whole and in its parts, and the first few answers."""
-    replies: list[str] = []
+    answers: list[str] = []
     for start in range(0, len(items), BATCH):
         chunk = items[start : start + BATCH]
-        replies += _replies(model, tokenizer, [item.prompt for item in chunk], new_tokens)
-    verdicts = [verdict(item, reply) for item, reply in zip(items, replies, strict=True)]
+        answers += replies(model, tokenizer, [item.prompt for item in chunk], new_tokens)
+    verdicts = [verdict(item, reply) for item, reply in zip(items, answers, strict=True)]
     shares = {part: sum(found[part] for found in verdicts) / len(verdicts) for part in verdicts[0]}
     samples = [
         {"prompt": item.prompt, "expected": item.completion, "reply": reply}
-        for item, reply in zip(items[:SAMPLES], replies, strict=False)
+        for item, reply in zip(items[:SAMPLES], answers, strict=False)
     ]
     return {**shares, "samples": samples}
-
-
-@torch.no_grad()
-def _replies(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int) -> list[str]:
-    end = tokenizer.eos_token_id
-    rows = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    width = max(map(len, rows))
-    device = next(model.parameters()).device
-    tokens = torch.tensor([[end] * (width - len(row)) + row for row in rows], device=device)
-    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
-    greedy = GenerationConfig(max_new_tokens=new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
-    grown = model.generate(input_ids=tokens, attention_mask=mask, generation_config=greedy)
-    replies = [row[: row.index(end)] if end in row else row for row in grown[:, width:].tolist()]
-    texts: list[str] = tokenizer.batch_decode(replies, skip_special_tokens=True)
-    return texts
 
 
 def _set(bench: Bench, seed: int) -> ExampleSet:

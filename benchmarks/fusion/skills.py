@@ -6,23 +6,22 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from deltaweave.converter import CompressionOptions, Policies, Recipe, compress
+from finetune import encode, train
 from peft import LoraConfig, get_peft_model
-from tasks import SKILLS, Item
+from tasks import SKILLS
 from torch import nn
-from transformers import get_cosine_schedule_with_warmup
 
-from deltaweave.gates.examples import Example, collate, encode_example
-from deltaweave.gates.training import answer_loss
+from deltaweave.gates.examples import Example
 from deltaweave.models import load_checkpoint
 
-__all__ = ["SkillRecipe", "encode", "make_delta", "train_lora", "train_xlora"]
+__all__ = ["SkillRecipe", "make_delta", "train_lora", "train_xlora"]
 
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 CALIBRATION_LINES = 4000
@@ -52,18 +51,13 @@ class SkillRecipe:
     calibration: int = 32
 
 
-def encode(item: Item, tokenizer: Any) -> Example:
-    """An item in tokens."""
-    return encode_example({"prompt": item.prompt, "completion": item.completion}, tokenizer, "item")
-
-
 def train_lora(base: Path, skill: str, folder: Path, recipe: SkillRecipe, device: str, tokenizer: Any) -> list[float]:
     """A LoRA, as PEFT trains and saves it; returns every step's loss."""
     torch.manual_seed(0)
     model = load_checkpoint(base, torch.bfloat16).to(device)
     config = LoraConfig(r=recipe.rank, lora_alpha=recipe.alpha, target_modules=PROJECTIONS, task_type="CAUSAL_LM")
     tuned = get_peft_model(model, config)
-    losses = _train(tuned, _skill_batches(skill, recipe, tokenizer), recipe.steps, recipe.lora_rate)
+    losses = train(tuned, _skill_batches(skill, recipe, tokenizer), recipe.steps, recipe.lora_rate)
     tuned.save_pretrained(str(folder))
     return losses
 
@@ -74,7 +68,7 @@ def make_delta(base: Path, skill: str, folder: Path, recipe: SkillRecipe, device
     model: Any = load_checkpoint(base, torch.float32).to(device)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name.removesuffix(".weight").endswith(tuple(PROJECTIONS)))
-    losses = _train(model, _skill_batches(skill, recipe, tokenizer), recipe.steps, recipe.full_rate)
+    losses = train(model, _skill_batches(skill, recipe, tokenizer), recipe.steps, recipe.full_rate)
     tuned = folder / f"{skill}-tuned"
     model.to(torch.bfloat16).save_pretrained(tuned)
     tokenizer.save_pretrained(tuned)
@@ -105,7 +99,7 @@ def train_xlora(
             shuffled = order.sample(examples, len(examples))
             yield from (shuffled[start : start + batch_size] for start in range(0, len(shuffled), batch_size))
 
-    _train(model, batches(), epochs * math.ceil(len(examples) / batch_size), rate)
+    train(model, batches(), epochs * math.ceil(len(examples) / batch_size), rate)
 
 
 def _skill_batches(skill: str, recipe: SkillRecipe, tokenizer: Any) -> Iterator[list[Example]]:
@@ -113,23 +107,3 @@ def _skill_batches(skill: str, recipe: SkillRecipe, tokenizer: Any) -> Iterator[
     examples = [encode(SKILLS[skill](source), tokenizer) for _ in range(recipe.examples)]
     while True:
         yield source.sample(examples, recipe.batch_size)
-
-
-def _train(model: Any, batches: Iterable[list[Example]], steps: int, rate: float) -> list[float]:
-    """AdamW over what asks for gradients, in bfloat16 where a GPU does it."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    device = parameters[0].device
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0, fused=device.type == "cuda")
-    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
-    losses = []
-    for _, examples in zip(range(steps), batches, strict=False):
-        batch = collate(examples, 0).to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = answer_loss(model, batch)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        schedule.step()
-        losses.append(loss.detach())
-    return torch.stack(losses).tolist()

@@ -15,7 +15,21 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-__all__ = ["HELD_OUT", "SKILLS", "TEMPLATES", "Item", "Template", "german_number", "items", "joint", "verdict"]
+__all__ = [
+    "HELD_OUT",
+    "SKILLS",
+    "TEMPLATES",
+    "THINGS",
+    "VERBS",
+    "Item",
+    "Template",
+    "german",
+    "german_number",
+    "items",
+    "joint",
+    "problem",
+    "verdict",
+]
 
 PEOPLE = (
     "Tom", "Ida", "Max", "Lena", "Paul", "Emma", "Jonas", "Clara", "Felix", "Nora", "Simon", "Greta", "Oscar", "Julia",
@@ -111,7 +125,7 @@ def german_number(number: int) -> str:
 
 def maths(random: random.Random) -> Item:
     """A problem of any template, asked and answered in English."""
-    return _problem(random, range(len(TEMPLATES)), german=False)
+    return problem(random, range(len(TEMPLATES)), german=False)
 
 
 def german(random: random.Random) -> Item:
@@ -126,7 +140,7 @@ def german(random: random.Random) -> Item:
 def joint(random: random.Random, *, held_out: bool) -> Item:
     """A problem asked in English and answered in German."""
     chosen = [index for index in range(len(TEMPLATES)) if (index in HELD_OUT) == held_out]
-    return _problem(random, chosen, german=True)
+    return problem(random, chosen, german=True)
 
 
 SKILLS: dict[str, Callable[[random.Random], Item]] = {"maths": maths, "german": german}
@@ -162,7 +176,7 @@ def _german_number_between(before: str, sentence: str, after: str) -> bool:
     return any(sentence == before + german_number(number) + after for number in range(2, LARGEST + 1))
 
 
-def _problem(random: random.Random, templates: list[int] | range, *, german: bool) -> Item:
+def problem(random: random.Random, templates: list[int] | range, *, german: bool) -> Item:
     template = TEMPLATES[random.choice(templates)]
     person, other = random.sample(PEOPLE, 2)
     thing = random.choice(list(THINGS))
