@@ -33,7 +33,7 @@ from deltaweave.converter.plan import (
 from deltaweave.converter.policies import other_record
 from deltaweave.converter.projection import compress_stage
 from deltaweave.converter.recipe import BandPlan
-from deltaweave.converter.sensitivity import LayerSensitivity, layer_sensitivities
+from deltaweave.converter.sensitivity import MEASURED_TOKENS, LayerSensitivity, layer_sensitivities
 from deltaweave.converter.svd import Factors, truncated_svd, whitened_svd
 from deltaweave.converter.workspace import OTHERS_PART, Workspace, layer_part, output_folder
 from deltaweave.formats import Band, BaseIdentity, Record, TensorIdentity
@@ -43,8 +43,6 @@ __all__ = ["compress"]
 
 IDENTITY_FILE = "base.json"
 ALLOCATION_FILE = "allocation.json"
-# Tokens that sensitivities are measured on. All blocks' inputs are held for it: at a hidden size of 4096, 0.27 GB a layer.
-MEASURED_TOKENS = 32768
 # How often a layer's input is made durable. A layer takes minutes on the CPU and two seconds on a GPU: too few to write
 # 2 GB in, and less than a resumed run is willing to repeat.
 SECONDS_BETWEEN_SAVES = {"cpu": 0.0, "cuda": 20.0}

@@ -12,6 +12,7 @@ from deltaweave.converter.checkpoint import EMBEDDING
 from deltaweave.converter.families import Projection
 from deltaweave.converter.plan import CompressionOptions, CompressionPlan
 from deltaweave.converter.policies import other_bytes
+from deltaweave.converter.sensitivity import MEASURED_TOKENS
 from deltaweave.formats import factored_bytes
 
 __all__ = ["Estimate", "estimate"]
@@ -50,6 +51,8 @@ def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
     projections = sum(
         factored_bytes(p.shape, plan.bands[p.weight].bands, options.recipe.group_size).total for p in plan.projections
     )
+    if options.recipe.allocated:  # spent to the last singular vector that fits
+        projections = int(options.recipe.ratio * sum(2 * p.shape[0] * p.shape[1] for p in plan.projections))
     others = sum(
         other_bytes(plan.base, plan.tuned, name, options.effective_policies, options.recipe.group_size)
         for name in plan.others
@@ -58,7 +61,7 @@ def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
     return Estimate(
         seconds=_seconds(plan, options),
         memory_bytes=_memory(plan, options),
-        disk_bytes=activations + 2 * (projections + others),
+        disk_bytes=max(activations, _measured_bytes(plan, options)) + 2 * (projections + others),
         projection_bytes=projections,
         file_bytes=projections + others,
     )
@@ -66,6 +69,19 @@ def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
 
 def _tokens(plan: CompressionPlan, options: CompressionOptions) -> int:
     return options.samples * (options.sequence_length or default_sequence_length(plan.tuned.config))
+
+
+def _measured_tokens(plan: CompressionPlan, options: CompressionOptions) -> int:
+    """Tokens that pass through the model, forward and backward, before bits are chosen."""
+    recipe = options.recipe
+    measures = options.calibrated and recipe.allocated and recipe.sensitivity != "weight"
+    return min(_tokens(plan, options), MEASURED_TOKENS) if measures else 0
+
+
+def _measured_bytes(plan: CompressionPlan, options: CompressionOptions) -> int:
+    """Every block's input and the last one's output, held while sensitivities are measured."""
+    width = int(plan.tuned.config["hidden_size"]) * _dtype(plan, options).itemsize
+    return (len(plan.layers) + 1) * _measured_tokens(plan, options) * width
 
 
 def _dtype(plan: CompressionPlan, options: CompressionOptions) -> torch.dtype:
@@ -81,7 +97,10 @@ def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
     double, single = _rate(torch.float64, device), _rate(torch.float32, device)
     own = _rate(_dtype(plan, options), device)
     stages = [stage for layer in plan.layers for stage in layer]
-    seconds = sum(_svd_operations(p) for p in plan.projections) / double
+    decompositions = 2 if options.recipe.allocated else 1  # bits are chosen between the two
+    seconds = decompositions * sum(_svd_operations(p) for p in plan.projections) / double
+    # Forward; forward again; and backward through the activations, which costs as much.
+    seconds += 3 * _measured_tokens(plan, options) * _block_operations(plan) / own
     seconds += sum(4 * p.shape[0] * p.shape[1] * plan.bands[p.weight].rank for p in plan.projections) / single
     if options.calibrated:
         tokens = _tokens(plan, options)
@@ -113,6 +132,11 @@ def _gptq_operations(plan: CompressionPlan, stage: list[Projection]) -> float:
         rank, out_features = plan.bands[projection.weight].rank, projection.shape[0]
         total += 3 * rank * width**2 + 2 * rank**3 + out_features * rank**2 + 4 * out_features * width**2
     return total + 3 * width**3
+
+
+def _block_operations(plan: CompressionPlan) -> float:
+    """Per token: every block once."""
+    return sum(2.0 * p.shape[0] * p.shape[1] for p in plan.projections)
 
 
 def _forward_operations(plan: CompressionPlan) -> float:

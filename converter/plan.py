@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from deltaweave.converter.calibration import source_digest
 from deltaweave.converter.checkpoint import Checkpoint
-from deltaweave.converter.errors import CheckpointError
+from deltaweave.converter.errors import CheckpointError, RecipeError
 from deltaweave.converter.families import Projection, family_of
 from deltaweave.converter.policies import Policies
 from deltaweave.converter.recipe import BandPlan, Recipe
+from deltaweave.formats import Band, factored_bytes
 
 __all__ = [
     "NO_CALIBRATION",
@@ -52,7 +53,7 @@ class CompressionOptions:
         device: where the arithmetic runs; None takes the GPU if there is one.
     """
 
-    recipe: Recipe = field(default_factory=lambda: Recipe.preset("optimal"))
+    recipe: Recipe = field(default_factory=lambda: Recipe.preset("triple"))
     calibration: str = "default"
     samples: int = 128
     sequence_length: int | None = None
@@ -110,7 +111,21 @@ def plan_compression(base: str | Path, tuned: str | Path, recipe: Recipe) -> Com
         RecipeError: a ratio that no rank meets.
     """
     pair = open_pair(base, tuned)
+    if recipe.allocated:
+        _require_room(pair, recipe)
     return replace(pair, bands={p.weight: recipe.plan(p.kind, p.shape) for p in pair.projections})
+
+
+def _require_room(pair: CompressionPlan, recipe: Recipe) -> None:
+    """Refuses a common budget that not one singular vector fits, before anything is measured."""
+    budget = recipe.ratio * sum(2 * p.shape[0] * p.shape[1] for p in pair.projections)
+    band = Band(min(recipe.widths), 1)
+    need = min(factored_bytes(p.shape, (band,), recipe.group_size).total for p in pair.projections)
+    if need > budget:
+        raise RecipeError(
+            f"ratio {recipe.ratio:g}: all projections together have a budget of {int(budget)} bytes, and rank 1 at "
+            f"{band.bits} bits takes {need}"
+        )
 
 
 def open_pair(base: str | Path, tuned: str | Path) -> CompressionPlan:

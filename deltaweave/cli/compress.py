@@ -59,8 +59,8 @@ def compress_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Delta file to write (.safetensors).")],
     recipe: Annotated[
         str,
-        typer.Option(help="optimal (bits measured), triple (as published), double, single, low-rank, bitdelta, or a YAML file."),
-    ] = "optimal",
+        typer.Option(help="triple (as published), optimal (bits measured), double, single, low-rank, bitdelta, or a YAML file."),
+    ] = "triple",
     bands: Annotated[
         str | None,
         typer.Option(help="Bands as BITS:RANK,...; the last rank may be * (what the ratio leaves) or full."),

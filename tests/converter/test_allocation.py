@@ -88,9 +88,9 @@ def test_no_other_choice_of_at_most_these_bytes_is_better():
 
 
 def test_the_worthier_projection_gets_more():
-    found = allocate(small_tables(), WIDTHS, 16, 2400)
+    found = allocate(small_tables(), WIDTHS, 16, 2000)
     spent = {name: sum(b.bits * b.rank for b in plan.bands) for name, plan in found.bands.items()}
-    assert spent["a"] > spent["b"]
+    assert spent["a"] > spent["b"] == 0
 
 
 def test_more_bytes_never_cost_quality():
