@@ -69,7 +69,7 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int)
 
 @torch.no_grad()
 def score_answers(reference: Any, candidate: Any, examples: Sequence[Example], batch_size: int = 64) -> TextScore:
-    """KL to `reference` and perplexity over the answers' tokens, given their prompts: what a fine-tune was tuned for."""
+    """KL to `reference` and perplexity over the answers' tokens, given their prompts."""
     totals = TextTotals()
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], 0).to(reference.device)

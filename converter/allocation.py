@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits for every singular vector under one byte budget over all projections.
 
-Each projection brings a table: what its singular vectors cost in quality at every bit width. For a price per byte, every
+Each projection brings a table: what its singular vectors cost in quality at every bit width. For a price per
+byte, every
 vector takes the width with the least sum of quality lost and bytes paid, which finds the lower convex hull of the whole
 model's trade (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). The price is bisected
 until the bytes fit.
@@ -21,7 +22,8 @@ from deltaweave.formats import Band, factored_bytes
 
 __all__ = ["RELIEF", "Allocation", "DistortionTable", "allocate", "distortion_table"]
 
-# Tables are measured with rounding to nearest. GPTQ and the correction of U make good most of what it costs; tried on the
+# Tables are measured with rounding to nearest. GPTQ and the correction of U make good most of what it costs;
+# tried on the
 # demo's pair at 1/16: KL 0.0049 with a share of 1, 0.0040 with 1/2, 0.0036 with 1/4, 0.0041 with 1/8 (docs/method.md).
 RELIEF = 0.25
 
@@ -114,6 +116,7 @@ def allocate(
     Raises:
         RecipeError: a budget too small for a single singular vector.
     """
+
     def at(price: float) -> Allocation:
         return _at_price(tables, widths, group_size, price)
 
@@ -143,7 +146,7 @@ def _at_price(
     bands, total, distortion = {}, 0, 0.0
     for name, table in tables.items():
         prices = torch.tensor([0.0, *(price * _bytes(table.shape, width, group_size) for width in widths)]).double()
-        losses, choices = (table.distortion + table.step * prices[:, None]).min(0)
+        choices = (table.distortion + table.step * prices[:, None]).argmin(0)
         distortion += float(table.distortion.gather(0, choices[None]).sum())
         plan = _plan(table, choices, widths)
         bands[name] = plan
@@ -171,7 +174,7 @@ def _bytes(shape: tuple[int, int], width: int, group_size: int) -> float:
 
 
 def _energy(rows: torch.Tensor, moment: torch.Tensor) -> torch.Tensor:
-    """x M x^T of every row x, float64 [rows]."""
+    """X M x^T of every row x, float64 [rows]."""
     return ((rows @ moment) * rows).sum(1).double().clamp_min(0)
 
 

@@ -240,9 +240,7 @@ class _Compression:
         finally:
             self.workspace.drop_measured()
 
-    def _layer_tables(
-        self, layer: int, moments: LayerSensitivity | None
-    ) -> Iterator[tuple[str, DistortionTable]]:
+    def _layer_tables(self, layer: int, moments: LayerSensitivity | None) -> Iterator[tuple[str, DistortionTable]]:
         recipe = self.options.recipe
         for projection in (projection for stage in self.plan.layers[layer] for projection in stage):
             name, (out_features, in_features) = projection.weight, projection.shape

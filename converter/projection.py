@@ -126,7 +126,7 @@ def _quantize_u(
 
 
 def _corrected(u: torch.Tensor, u_hessian: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """The U that makes most of a quantized V: least squares of `delta x` on `h = sigma * (V^ x)`, drawn a little to `u`.
+    """The U that makes most of a quantized V: least squares of `delta x` on `h = sigma * (V^ x)`, drawn to `u`.
 
     Args:
         u: [out_features, rank] as decomposed.

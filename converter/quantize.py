@@ -124,9 +124,7 @@ class VectorsAsRows:
         zero: [groups, rank] float32.
     """
 
-    def __init__(
-        self, vectors: torch.Tensor, bits: torch.Tensor, group_size: int, fit: GridFit = "min-max"
-    ) -> None:
+    def __init__(self, vectors: torch.Tensor, bits: torch.Tensor, group_size: int, fit: GridFit = "min-max") -> None:
         """Fits the grids of `vectors` [rank, length] float32 with `bits` [rank]."""
         self.result = round_to_nearest(vectors, bits, group_size, fit)
         bits = bits.to(vectors.device)

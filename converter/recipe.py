@@ -174,7 +174,11 @@ class Recipe(BaseModel):
     @property
     def lossless(self) -> bool:
         """Whether projections keep full rank at 16 bits, so that nothing else should be the coarser part."""
-        return not self.allocated and not self.overrides and all(spec == BandSpec(16, "full") for spec in parse_bands(self.bands))
+        return (
+            not self.allocated
+            and not self.overrides
+            and all(spec == BandSpec(16, "full") for spec in parse_bands(self.bands))
+        )
 
     def plan(self, kind: str, shape: tuple[int, int]) -> BandPlan:
         """Solves the bands of one projection; where they are `auto`, bands of like size that stand in for them.

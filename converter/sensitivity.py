@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an error in a projection costs: its input's second moment and the Fisher information of its output.
 
-To second order, weights that differ by E from the fine-tune's raise KL(fine-tune || model) by vec(E)^T F vec(E) / 2 a token,
+To second order, weights that differ by E from the fine-tune's raise KL(fine-tune || model) by vec(E)^T F
+vec(E) / 2 a token,
 F being the Fisher information. It is taken as a Kronecker product, as in K-FAC (Martens and Grosse, arXiv 1503.05671):
 G = E[g g^T] over gradients at the projection's output, times H = E[x x^T] over its inputs. Gradients are those of the
 log-probability of tokens drawn from the fine-tune's own predictions, so no labels are needed.
@@ -22,7 +23,8 @@ from torch import nn
 
 __all__ = ["MEASURED_TOKENS", "LayerSensitivity", "layer_sensitivities"]
 
-# Tokens that sensitivities are measured on. All blocks' inputs are held for it: at a hidden size of 4096, 0.27 GB a layer.
+# Tokens that sensitivities are measured on. All blocks' inputs are held for it: at a hidden size of 4096, 0.27
+# GB a layer.
 MEASURED_TOKENS = 32768
 # Logits held at a time in float32: 2^27 are 512 MiB.
 LOGITS = 1 << 27

@@ -81,7 +81,7 @@ def truncated_svd(delta: torch.Tensor, rank: int) -> Factors:
 
 
 def whitened_svd(delta: torch.Tensor, moment: torch.Tensor, rank: int) -> Factors:
-    """The triplets that matter most to the output: those of `delta @ root`, `root` being the input moment's square root.
+    """The triplets that matter most to the output: those of `delta @ root`, the root being the input moment's.
 
     Args:
         delta: [out_features, in_features] float32.

@@ -3,7 +3,8 @@
 
     python benchmarks/accuracy/experiment.py --base DIR --folder WORK --output benchmarks/results/accuracy.json
 
-A cell is a fine-tune, or one method at one ratio for one fine-tune; finished cells are files in WORK, and the same command
+A cell is a fine-tune, or one method at one ratio for one fine-tune; finished cells are files in WORK, and the
+same command
 goes on from there. Processes can share the work (`--tunings german`, `--seeds 1`, ...); the command above at last
 gathers everything. Cells that matter most come first, and `--seconds` ends the run between two cells.
 """
@@ -11,7 +12,6 @@ gathers everything. Cells that matter most come first, and `--seconds` ends the 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from pathlib import Path

@@ -40,7 +40,9 @@ def summary(cells: Cells) -> dict[str, Any]:
             "kl": _geometric([cell["kl"] for cell in rows.values()]),
             "against_triple": _against(cells, rows, f"triple {ratio}"),
             "against_triple_16": _against(cells, rows, "triple 1/16"),
-            "held_out_lost": _mean([cells[f"{name} tuned"]["held_out"] - cell["held_out"] for name, cell in rows.items()]),
+            "held_out_lost": _mean(
+                [cells[f"{name} tuned"]["held_out"] - cell["held_out"] for name, cell in rows.items()]
+            ),
             "seen_lost": _mean([cells[f"{name} tuned"]["seen"] - cell["seen"] for name, cell in rows.items()]),
         }
     return found
@@ -91,7 +93,9 @@ def _plot(cells: Cells, names: list[str], part: str, label: str, path: Path) -> 
                     for key, cell in cells.items()
                     if "1/" in key and _tuning(key) == name and _method(key) == method
                 )
-                axis.plot(*zip(*points, strict=True), "o-", label=method, color=series_colour(index)) if points else None
+                axis.plot(
+                    *zip(*points, strict=True), "o-", label=method, color=series_colour(index)
+                ) if points else None
             if part == "kl":
                 axis.set(yscale="log")
             else:

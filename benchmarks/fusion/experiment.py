@@ -11,7 +11,6 @@ processes can share the work: `--experts-only --skills maths`, then `--seeds 1`,
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path

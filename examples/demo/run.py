@@ -3,7 +3,8 @@
 
     make demo                            # or: python examples/demo/run.py --folder demo --seed 0
 
-Everything printed was just measured. The run fails loudly if training misses its target or if the methods do not do what is
+Everything printed was just measured. The run fails loudly if training misses its target or if the methods do
+not do what is
 claimed for them here.
 """
 

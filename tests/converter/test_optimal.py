@@ -64,18 +64,18 @@ def test_without_data_errors_are_weighed_alike(pair, tmp_path):
 def test_a_run_stopped_after_measuring_ends_with_the_same_bytes(pair, tmp_path):
     whole = compress(*pair, tmp_path / "whole.safetensors", options())
 
-    class Stop(Exception):
+    class StopError(Exception):
         pass
 
     def stop(what, done, _):
         if what == "compressing" and done > 1:
-            raise Stop
+            raise StopError
 
     def never_again(what, *_):
         assert what != "measuring"
 
     path = tmp_path / "stopped.safetensors"
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         compress(*pair, path, options(), progress=stop)
     assert not list((tmp_path / "stopped.safetensors.partial").glob("measured-*"))
     assert compress(*pair, path, options(), progress=never_again).read_bytes() == whole.read_bytes()
@@ -115,7 +115,9 @@ def test_a_corrected_target_lowers_the_output_error(pair, tmp_path):
     errors = {}
     for correct in (False, True):
         path = compress(
-            *pair, tmp_path / f"{correct}.safetensors", options(correct_target=correct, sensitivity="weight", widths=(2,))
+            *pair,
+            tmp_path / f"{correct}.safetensors",
+            options(correct_target=correct, sensitivity="weight", widths=(2,)),
         )
         with Delta.open(path) as delta:
             found = [record.quality["output_error"] for record in factored(delta).values()]
