@@ -44,7 +44,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fusion"))
 from tasks import items
 
 CAVEAT = (
-    "SmolLM2-135M-Instruct, dequantized from a 4-bit file, and fine-tunes of it on generated tasks: the papers' results "
+    "SmolLM2-135M-Instruct, dequantized from a 4-bit file, and fine-tunes of it on generated tasks: the "
+    "papers' results "
     "with 7B models are not reproduced by this. Its widths 576 and 192 are no multiples of 128; models are scored "
     "as base + delta in dense form."
 )

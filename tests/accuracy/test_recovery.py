@@ -3,7 +3,8 @@
 
 `record.json` holds the KL to the fine-tune of every recipe at 1/8 and 1/16, mean of two pairs, and by how much another
 machine's rounding may move it. Falling below fails; so does a change that raises a recorded KL or its
-noise: the record is held against the one in the history that the change builds on. A change that betters the figures may lower them:
+noise: the record is held against the one in the history that the change builds on. A change that betters the
+figures may lower them:
 
     python tests/accuracy/test_recovery.py
 """
