@@ -136,7 +136,8 @@ def _corrected(u: torch.Tensor, u_hessian: torch.Tensor, products: torch.Tensor)
     moment = u_hessian.double()
     ridge = CORRECTION_RIDGE * float(moment.diagonal().mean())
     moment.diagonal().add_(ridge)
-    return torch.linalg.solve(moment, (products.double() + ridge * u.double()).T).T.float()
+    corrected: torch.Tensor = torch.linalg.solve(moment, (products.double() + ridge * u.double()).T).T.float()
+    return corrected
 
 
 def _errors(delta: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None) -> dict[str, float]:
