@@ -3,9 +3,8 @@
 
     make demo                            # or: python examples/demo/run.py --folder demo --seed 0
 
-Everything printed was just measured. The run fails loudly if training misses its target or if the methods do
-not do what is
-claimed for them here.
+Everything printed was just measured. The run fails loudly if training misses its target or if the methods do not do
+what is claimed for them here.
 """
 
 from __future__ import annotations
@@ -57,11 +56,11 @@ def run(folder: Path, seed: int, console: Console) -> Comparison:
     console.print(f"   held-out problems solved: {solved}")
     console.print("[bold]2. Five deltas[/]: four at 1/16 of the projections' bytes, BitDelta at its native size")
     deltas = compress_all(pair, folder / "deltas")
-    console.print("[bold]3. Checks[/] of the default recipe's file against its base and its fine-tune")
-    for check in verify(deltas[OPTIMAL], pair.base, pair.tuned):
+    console.print("[bold]3. Checks[/] of the Delta-CoMe file against its base and its fine-tune")
+    for check in verify(deltas[DELTA_COME], pair.base, pair.tuned):
         console.print(f"   {'passed' if check.passed else 'FAILED'}  {check.name}: {check.detail}", markup=False)
         if not check.passed:
-            raise DeltaweaveError(f"{deltas[OPTIMAL]}: {check.detail}")
+            raise DeltaweaveError(f"{deltas[DELTA_COME]}: {check.detail}")
     console.print("[bold]4. What is left of the fine-tune[/]\n")
     comparison = compare_methods(pair, list(deltas.values()))
     console.print(comparison_table(comparison))
