@@ -68,15 +68,20 @@ def replies(model: Any, tokenizer: Any, prompts: Sequence[str], new_tokens: int)
 
 
 @torch.no_grad()
-def score_answers(reference: Any, candidate: Any, examples: Sequence[Example], batch_size: int = 64) -> TextScore:
-    """KL to `reference` and perplexity over the answers' tokens, given their prompts."""
-    totals = TextTotals()
+def score_answers(
+    reference: Any, candidate: Any, examples: Sequence[Example], batch_size: int = 64
+) -> tuple[TextScore, TextScore]:
+    """KL to `reference` and perplexity over the answers' tokens, given their prompts; and over the prompts' tokens."""
+    answers, prompts = TextTotals(), TextTotals()
     for start in range(0, len(examples), batch_size):
         batch = collate(examples[start : start + batch_size], 0).to(reference.device)
-        kept = batch.targets != IGNORED
+        answered = batch.targets != IGNORED
+        asked = batch.mask.bool() & ~answered
         expected, found = (
-            model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits[kept]
+            model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
             for model in (reference, candidate)
         )
-        totals.add(expected, found, batch.targets[kept])
-    return totals.score()
+        following = batch.tokens.roll(-1, 1)
+        answers.add(expected[answered], found[answered], batch.targets[answered])
+        prompts.add(expected[asked], found[asked], following[asked])
+    return answers.score(), prompts.score()

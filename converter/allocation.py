@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits for every singular vector under one byte budget over all projections.
 
-Each projection brings a table: what its singular vectors cost in quality at every bit width. For a price per
-byte, every
+Each projection brings a table: what its singular vectors cost in quality at every bit width. For a price per byte, every
 vector takes the width with the least sum of quality lost and bytes paid, which finds the lower convex hull of the whole
 model's trade (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). The price is bisected
 until the bytes fit.
@@ -22,9 +21,8 @@ from deltaweave.formats import Band, factored_bytes
 
 __all__ = ["RELIEF", "Allocation", "DistortionTable", "allocate", "distortion_table"]
 
-# Tables are measured with rounding to nearest. GPTQ and the correction of U make good most of what it costs;
-# tried on the
-# demo's pair at 1/16: KL 0.0049 with a share of 1, 0.0040 with 1/2, 0.0036 with 1/4, 0.0041 with 1/8 (docs/method.md).
+# Tables are measured with rounding to nearest. GPTQ and the correction of U make good most of what it costs, and rounding
+# errors average out over a model, while parts that are left out all pull back to the base. Tried in docs/method.md.
 RELIEF = 0.25
 
 # Kernels cut a band into blocks of 16 ranks and fill the last one up; a matrix this wide has ranks enough not to.
@@ -32,6 +30,7 @@ KERNEL_RANKS, WIDE = 16, 1024
 MAX_RANK = 4096  # DW_MAX_RANK of cuda/include/deltaweave.h
 # Prices: steps of the search for two that enclose the budget, where they end, and how finely they are told apart.
 STRIDE, FREE, FINE = 64.0, 1e-30, 1 + 1e-6
+NO_ENERGY = 1e-30
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,8 @@ class DistortionTable:
         shape: (out_features, in_features).
         order: [ranks] int64: the singular vectors by falling importance; their number is a multiple of `step`, but
             for the last few of a matrix.
-        distortion: [1 + widths, ranks / step] float64, in nats a token if weighed by Fisher information: of a block of
-            `step` vectors when it is left out, then at each width.
+        distortion: [1 + widths, ranks / step] float64: of a block of `step` vectors when it is left out, then at each
+            width. In nats a token if weighed by Fisher information, `power` and `relief` being 1.
         step: vectors that share a width.
     """
 
@@ -75,12 +74,14 @@ def distortion_table(
     widths: Sequence[int],
     group_size: int,
     fit: GridFit,
-    relief: float,
+    relief: float = 1.0,
+    power: float = 1.0,
 ) -> DistortionTable:
     """Measures one projection's table by rounding its singular vectors to nearest at every width.
 
     With H the input's second moment and G what an error of the outputs costs, a perturbation E of the weights costs
     tr(G E H E^T) / 2. Vector i, left out, is E = sigma_i u_i v_i^T; quantized, its errors in v and in u add up.
+    A `power` below 1 trusts the moments that much less: at 0 a vector counts by its singular value alone.
 
     Args:
         factors: all singular triplets.
@@ -89,17 +90,20 @@ def distortion_table(
         widths: bit widths to choose from.
         group_size: of the grids.
         fit: of the grids.
-        relief: share of rounding's distortion that is left by what follows it, see `RELIEF`.
+        relief: share of rounding's distortion that counts, see `RELIEF`.
+        power: of (v H v^T) (u^T G u).
     """
     v, u = factors.v[:MAX_RANK], factors.u.T.contiguous()[:MAX_RANK]
     sigma = factors.sigma[:MAX_RANK].double()
     v_energy, u_energy = _energy(v, input_moment), _energy(u, output_weight)
-    rows = [sigma.square() * v_energy * u_energy]
+    importance = sigma.square() * (v_energy * u_energy) ** power
+    rows = [importance]
     for width in widths:
         bits = torch.full((len(sigma),), width)
         v_error = _energy(v - round_to_nearest(v, bits, group_size, fit).values, input_moment)
         u_error = _energy(u - round_to_nearest(u, bits, group_size, fit).values, output_weight)
-        rows.append(relief * sigma.square() * (v_error * u_energy + v_energy * u_error))
+        relative = v_error / v_energy.clamp_min(NO_ENERGY) + u_error / u_energy.clamp_min(NO_ENERGY)
+        rows.append(relief * importance * relative)
     distortion = torch.stack(rows).cpu() / 2
     order = distortion[0].argsort(descending=True, stable=True)
     shape = (u.shape[1], v.shape[1])

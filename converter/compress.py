@@ -163,15 +163,11 @@ class _Compression:
     def _method(self) -> dict[str, Any]:
         recipe, options = self.options.recipe, self.options
         name = "low-rank" if recipe.name == "low-rank" else "delta-come" if options.calibrated else "round-to-nearest"
-        predicted = {}
         if self.allocation is not None and options.calibrated:
             name = "optimal"
-            if recipe.sensitivity == "fisher":
-                predicted = {"predicted_kl": self.allocation.distortion}
         return {
             "name": name,
             "recipe": recipe.model_dump(mode="json"),
-            **predicted,
             "seed": options.seed,
             "device": self.device.type,
             "threads": torch.get_num_threads(),
@@ -247,15 +243,16 @@ class _Compression:
             _, delta = self._weights(projection)
             inputs = moments.inputs[name] if moments else torch.eye(in_features, device=self.device)
             outputs = torch.eye(out_features, device=self.device)
-            if moments and recipe.sensitivity == "fisher":
+            if moments and recipe.sensitivity in ("balanced", "fisher"):
                 outputs = moments.outputs[name]
             rank = min(projection.shape)
             factors = whitened_svd(delta, inputs, rank) if recipe.whiten and moments else truncated_svd(delta, rank)
             relief = RELIEF if self.options.calibrated else 1.0
-            yield (
-                name,
-                distortion_table(factors, inputs, outputs, recipe.widths, recipe.group_size, recipe.grid, relief),
+            power = 0.5 if recipe.sensitivity == "balanced" else 1.0
+            table = distortion_table(
+                factors, inputs, outputs, recipe.widths, recipe.group_size, recipe.grid, relief, power
             )
+            yield name, table
 
     def _layers_without_data(self, overlap: Overlap) -> None:
         layers, first = self.plan.layers, self._finished_layers()

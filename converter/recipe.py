@@ -19,7 +19,7 @@ __all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "Sensitivity", "parse_ba
 
 BITS = (*CODE_BITS, 16)
 Rank = int | Literal["*", "full"]
-Sensitivity = Literal["fisher", "output", "weight"]
+Sensitivity = Literal["balanced", "fisher", "output", "weight"]
 AUTO = "auto"
 # What costs and times are estimated with while `auto` is not yet known.
 STAND_IN = "3:*"
@@ -74,7 +74,8 @@ class Recipe(BaseModel):
             `auto`: every singular vector gets the width that serves the whole model best.
         widths: what `auto` chooses from, beside leaving a vector out.
         sensitivity: what `auto` holds errors against. `fisher`: the change of the model's predictions that they are
-            expected to make (`sensitivity.py`); `output`: the projection's output; `weight`: the weights.
+            expected to make (`sensitivity.py`); `output`: the projection's output; `weight`: the weights; `balanced`:
+            the geometric mean of `fisher` and `weight`.
         overrides: bands for single kinds of projection (`k_proj`: ...); not beside `auto`.
         ratio: budget as a share of 16-bit bytes, scales, zeros and sigma included: of every projection, or with
             `auto` of all together. Bands without a `*` are taken as they are.
@@ -91,7 +92,7 @@ class Recipe(BaseModel):
     name: str = "custom"
     bands: str
     widths: tuple[int, ...] = (2, 3, 4, 8)
-    sensitivity: Sensitivity = "fisher"
+    sensitivity: Sensitivity = "balanced"
     overrides: dict[str, str] = Field(default_factory=dict)
     ratio: float = Field(default=1 / 16, gt=0, le=1)
     group_size: int = Field(default=128, ge=8, le=65536)

@@ -3,17 +3,19 @@
 
     python benchmarks/accuracy/experiment.py --base DIR --folder WORK --output benchmarks/results/accuracy.json
 
-A cell is a fine-tune, or one method at one ratio for one fine-tune; finished cells are files in WORK, and the
-same command
-goes on from there. Processes can share the work (`--tunings german`, `--seeds 1`, ...); the command above at last
+A cell is a fine-tune, or one method at one ratio for one fine-tune; finished cells are files in WORK, and the same
+command goes on from there. A process decomposes a fine-tune's delta once for all its cells. Processes can share the work (`--tunings german`, `--seeds 1`, ...); the command above at last
 gathers everything. Cells that matter most come first, and `--seconds` ends the run between two cells.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,7 @@ from deltaweave.converter import (
     tuned_names,
     tuned_tensor,
 )
+from deltaweave.converter.svd import Factors, truncated_svd
 from deltaweave.formats import Delta, DenseRecord, FactoredRecord, record_bytes
 from finetune import encode, replies, score_answers
 from problems import SKILLS, Item
@@ -44,8 +47,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fusion"))
 from tasks import items
 
 CAVEAT = (
-    "SmolLM2-135M-Instruct, dequantized from a 4-bit file, and fine-tunes of it on generated tasks: the "
-    "papers' results "
+    "SmolLM2-135M-Instruct, dequantized from a 4-bit file, and fine-tunes of it on generated tasks: the papers' results "
     "with 7B models are not reproduced by this. Its widths 576 and 192 are no multiples of 128; models are scored "
     "as base + delta in dense form."
 )
@@ -57,6 +59,7 @@ CELLS = (
     ("nearest", 8), ("double", 8), ("single", 8), ("nearest", 64), ("double", 64), ("single", 64),
 )  # fmt: skip
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "optimal, sensitivity fisher": {"sensitivity": "fisher"},
     "optimal, sensitivity output": {"sensitivity": "output"},
     "optimal, sensitivity weight": {"sensitivity": "weight"},
     "optimal, target not corrected": {"correct_target": False},
@@ -129,11 +132,35 @@ class Laboratory:
         self.samples = arguments.samples
         self.scale = 8 if arguments.smoke else 1  # a tiny model has no rank to spare at 1/16
         self.tokenizer = load_tokenizer(arguments.base)
-        self.dtype = torch.bfloat16 if device == "cuda" else torch.float32
 
     def model(self, folder: Path) -> Any:
         """A checkpoint ready to answer."""
-        return load_checkpoint(folder, self.dtype).to(self.device).eval()
+        return load_checkpoint(folder, torch.float32).to(self.device).eval()
+
+
+class Decompositions:
+    """Every projection's singular triplets, kept between the compressions of one fine-tune."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[Any, ...], Factors] = {}
+
+    @contextmanager
+    def shared(self) -> Iterator[None]:
+        """Inside, the converter's `truncated_svd` looks here first."""
+        converter: Any = importlib.import_module("deltaweave.converter.compress")
+        before = converter.truncated_svd
+        converter.truncated_svd = self._truncated_svd
+        try:
+            yield
+        finally:
+            converter.truncated_svd = before
+
+    def _truncated_svd(self, delta: torch.Tensor, rank: int) -> Factors:
+        key = (*delta.shape, delta.double().sum().item(), delta.double().square().sum().item())
+        if key not in self._kept:
+            self._kept[key] = truncated_svd(delta, min(delta.shape))
+        whole = self._kept[key]
+        return whole if rank >= whole.rank else whole.select(range(rank))
 
 
 class FineTune:
@@ -143,6 +170,7 @@ class FineTune:
         self._lab, self.folder, self.tuning, self.seed = lab, folder, tuning, seed
         self._tuned: Any = None
         self._candidate: Any = None
+        self._decompositions = Decompositions()
 
     @property
     def lab(self) -> Laboratory:
@@ -182,7 +210,6 @@ class FineTune:
                 if isinstance(record, FactoredRecord):
                     for band in record.v.bands:
                         bits[band.band.bits] = bits.get(band.band.bits, 0) + band.band.rank
-            predicted = delta.header.method.get("predicted_kl")
             candidate = self._assembled(delta)
         size = path.stat().st_size
         path.unlink()
@@ -191,7 +218,6 @@ class FineTune:
             "ratio": stored / self._dense_bytes(),
             "file_bytes": size,
             "ranks": bits,
-            "predicted_kl": predicted,
             **self._score(candidate),
         }
 
@@ -218,7 +244,8 @@ class FineTune:
             policies=policies,
             device=lab.device,
         )
-        compress(lab.base, self.tuned_folder, path, compression, force=True, restart=True)
+        with self._decompositions.shared():
+            compress(lab.base, self.tuned_folder, path, compression, force=True, restart=True)
 
     def _assembled(self, delta: Delta) -> Any:
         """Base + delta, as `apply` would write it."""
@@ -244,8 +271,15 @@ class FineTune:
                 answers = replies(model, lab.tokenizer, [item.prompt for item in chunk], lab.new_tokens)
                 right += [a.strip() == item.completion.strip() for a, item in zip(answers, chunk, strict=True)]
             scores[part] = sum(right) / len(right)
-        text = score_answers(self.tuned, model, [encode(item, lab.tokenizer) for item in self._tests(True)])
-        return {**scores, "kl": text.kl, "kl_error": text.kl_error, "perplexity": text.perplexity}
+        tests = [encode(item, lab.tokenizer) for item in self._tests(True)]
+        answers, prompts = score_answers(self.tuned, model, tests)
+        return {
+            **scores,
+            "kl": answers.kl,
+            "kl_error": answers.kl_error,
+            "kl_prompts": prompts.kl,
+            "perplexity": answers.perplexity,
+        }
 
     def _tests(self, held_out: bool) -> list[Item]:
         make = SKILLS[self.tuning.skill]

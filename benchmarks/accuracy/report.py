@@ -15,6 +15,7 @@ from deltaweave.report.style import new_figure, plot_style, series_colour, to_pn
 __all__ = ["interval", "print_tables", "save_plots", "summary"]
 
 Cells = dict[str, dict[str, Any]]
+COMPARED = ("against_triple", "prompts_against_triple", "against_triple_16")
 
 
 def interval(share: float, count: int) -> tuple[float, float]:
@@ -28,8 +29,8 @@ def interval(share: float, count: int) -> tuple[float, float]:
 def summary(cells: Cells) -> dict[str, Any]:
     """By method and ratio: geometric mean of KL, mean of held-out accuracy lost, and over how many fine-tunes.
 
-    `against_triple` is the KL over the preset's at the same ratio, geometric mean over the fine-tunes that have both;
-    `against_triple_16` over the preset's at 1/16.
+    `against_triple` is the KL over the preset's at the same ratio, geometric mean over the fine-tunes that have both
+    (`prompts_against_triple`: on the prompts' tokens); `against_triple_16` over the preset's at 1/16.
     """
     found: dict[str, Any] = {}
     for kind in dict.fromkeys(_kind(key) for key in cells if "1/" in key):
@@ -38,8 +39,9 @@ def summary(cells: Cells) -> dict[str, Any]:
         found[kind] = {
             "fine_tunes": len(rows),
             "kl": _geometric([cell["kl"] for cell in rows.values()]),
-            "against_triple": _against(cells, rows, f"triple {ratio}"),
-            "against_triple_16": _against(cells, rows, "triple 1/16"),
+            "against_triple": _against(cells, rows, f"triple {ratio}", "kl"),
+            "prompts_against_triple": _against(cells, rows, f"triple {ratio}", "kl_prompts"),
+            "against_triple_16": _against(cells, rows, "triple 1/16", "kl"),
             "held_out_lost": _mean(
                 [cells[f"{name} tuned"]["held_out"] - cell["held_out"] for name, cell in rows.items()]
             ),
@@ -51,7 +53,7 @@ def summary(cells: Cells) -> dict[str, Any]:
 def print_tables(result: dict[str, Any]) -> None:
     """Everything on the terminal."""
     console, count = Console(width=150), result["settings"]["items"]
-    table = Table("fine-tune", "method", "bytes", "seen", "held out", "KL", "perplexity")
+    table = Table("fine-tune", "method", "bytes", "seen", "held out", "KL", "KL of prompts", "perplexity")
     for key, cell in result["cells"].items():
         table.add_row(
             _tuning(key),
@@ -59,14 +61,15 @@ def print_tables(result: dict[str, Any]) -> None:
             f"1/{1 / cell['ratio']:.1f}" if cell.get("ratio") else "",
             _share(cell["seen"], count),
             _share(cell["held_out"], count),
-            f"{cell['kl']:.5f}",
+            f"{cell['kl']:.6f}",
+            f"{cell['kl_prompts']:.5f}",
             f"{cell['perplexity']:.3f}",
         )
     console.print(table)
-    table = Table("method", "fine-tunes", "KL", "over the preset's", "over the preset's at 1/16", "held out lost")
+    table = Table("method", "fine-tunes", "KL", "over the preset's", "on prompts", "over its 1/16", "held out lost")
     for kind, row in sorted(result["summary"].items(), key=lambda entry: (_inverse(entry[0]), entry[1]["kl"])):
-        factors = [f"{row[name]:.2f}" if row[name] else "" for name in ("against_triple", "against_triple_16")]
-        table.add_row(kind, str(row["fine_tunes"]), f"{row['kl']:.5f}", *factors, f"{100 * row['held_out_lost']:.1f}")
+        factors = [f"{row[name]:.2f}" if row[name] else "" for name in COMPARED]
+        table.add_row(kind, str(row["fine_tunes"]), f"{row['kl']:.6f}", *factors, f"{100 * row['held_out_lost']:.1f}")
     console.print(table)
     console.print(result["caveat"])
 
@@ -130,8 +133,8 @@ def _share(share: float, count: int) -> str:
     return f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def _against(cells: Cells, rows: Cells, other: str) -> float | None:
-    pairs = [(cell["kl"], cells[f"{name} {other}"]["kl"]) for name, cell in rows.items() if f"{name} {other}" in cells]
+def _against(cells: Cells, rows: Cells, other: str, part: str) -> float | None:
+    pairs = [(cell[part], cells[f"{name} {other}"][part]) for name, cell in rows.items() if f"{name} {other}" in cells]
     return _geometric([mine / theirs for mine, theirs in pairs if theirs > 0]) if pairs else None
 
 

@@ -4,7 +4,7 @@
     python benchmarks/converter/compress_speed.py --shape 7b --folder /tmp/pair --output 7b.json
 
 Writes a synthetic pair at the model's shapes (27 GB for 7b, kept with --keep), then compresses it in a process of its
-own, with the preset recipe and the default calibration: 128 sequences of 2048 tokens. `seconds` is that process's life,
+own, with `--recipe` and the default calibration: 128 sequences of 2048 tokens. `seconds` is that process's life,
 imports included. Fewer `--layers` than the model has give a shorter run, and the result says so: nothing is
 extrapolated. `--check-moments` compares the second moments of the first layer with float64; that costs time of its own.
 """
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--layers", type=int, help="fewer decoder blocks [default: the model's]")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--recipe", default="triple", help="a preset's name [default: triple]")
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--sequence-length", type=int, default=LENGTH)
     parser.add_argument("--folder", type=Path, help="where the pair is written [default: a temporary folder]")
@@ -87,6 +88,7 @@ def measure(arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
         "model": "given pair" if arguments.pair else arguments.shape,
+        "recipe": arguments.recipe,
         "layers": layers,
         "whole_model": arguments.pair is not None or layers == shape.layers,
         "samples": arguments.samples,
@@ -125,13 +127,16 @@ def write_step(arguments: argparse.Namespace) -> None:
 
 
 def compress_step(arguments: argparse.Namespace) -> None:
-    from deltaweave.converter import CompressionOptions, compress
+    from deltaweave.converter import CompressionOptions, Recipe, compress
 
     moments = check_moments() if arguments.check_moments else None
     parts = Parts()
     pair = arguments.pair or (arguments.folder / "base", arguments.folder / "tuned")
     options = CompressionOptions(
-        samples=arguments.samples, sequence_length=arguments.sequence_length, device=arguments.device
+        Recipe.preset(arguments.recipe),
+        samples=arguments.samples,
+        sequence_length=arguments.sequence_length,
+        device=arguments.device,
     )
     layers = LayerClock()
     with GpuMemory(arguments.device) as memory:

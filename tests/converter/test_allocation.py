@@ -20,11 +20,11 @@ def moment(size, seed):
     return x.T @ x / len(x)
 
 
-def table_of(shape, seed, widths=WIDTHS, relief=1.0):
+def table_of(shape, seed, widths=WIDTHS, relief=1.0, power=1.0):
     delta = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     factors = truncated_svd(delta, min(shape))
     return factors, distortion_table(
-        factors, moment(shape[1], seed), moment(shape[0], seed + 1), widths, 16, "min-max", relief
+        factors, moment(shape[1], seed), moment(shape[0], seed + 1), widths, 16, "min-max", relief, power
     )
 
 
@@ -52,6 +52,18 @@ def test_relief_scales_what_rounding_costs_and_not_what_is_left_out():
     _, half = table_of((24, 40), 3, relief=0.5)
     torch.testing.assert_close(half.distortion[0], whole.distortion[0])
     torch.testing.assert_close(half.distortion[1:], whole.distortion[1:] / 2)
+
+
+def test_power_sets_how_much_the_moments_count():
+    factors, whole = table_of((24, 40), 3)
+    _, none = table_of((24, 40), 3, power=0.0)
+    _, half = table_of((24, 40), 3, power=0.5)
+    assert none.order.tolist() == list(range(24))
+    torch.testing.assert_close(none.distortion[0], factors.sigma.double().square() / 2)
+    by_vector = [table.distortion[:, table.order.argsort()] for table in (none, half, whole)]
+    torch.testing.assert_close(by_vector[1][0], (by_vector[0][0] * by_vector[2][0]).sqrt())
+    for costs in by_vector:  # what a width loses of a vector does not depend on what the vector is worth
+        torch.testing.assert_close(costs / costs[0], by_vector[2] / by_vector[2][0])
 
 
 def small_tables():
