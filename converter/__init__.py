@@ -28,9 +28,11 @@ from deltaweave.converter.plan import (
 )
 from deltaweave.converter.policies import EmbeddingPolicy, Policies
 from deltaweave.converter.recipe import Recipe, published_alpha
+from deltaweave.converter.search import ROUNDS
 from deltaweave.converter.verify import Check, verify
 
 __all__ = [
+    "ROUNDS",
     "BitDeltaOptions",
     "CalibrationError",
     "Check",

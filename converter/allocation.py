@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bits for every singular vector under one byte budget over all projections.
 
-Each projection brings a table: what its singular vectors cost in quality at every bit width. For a price per byte, every
-vector takes the width with the least sum of quality lost and bytes paid, which finds the lower convex hull of the whole
-model's trade (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). The price is bisected
-until the bytes fit.
+Each projection brings a table: what its singular vectors cost in quality at every bit width. For a price per byte,
+every vector takes the width with the least sum of quality lost and bytes paid, which finds the lower convex hull of the
+whole model's trade (Lagrange multipliers for discrete choices: Everett, Operations Research 11, 1963). The price is
+bisected until the bytes fit.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from deltaweave.converter.recipe import BandPlan
 from deltaweave.converter.svd import Factors
 from deltaweave.formats import Band, factored_bytes
 
-__all__ = ["RELIEF", "Allocation", "DistortionTable", "allocate", "distortion_table"]
+__all__ = ["RELIEF", "Allocation", "DistortionTable", "allocate", "distortion_table", "trade_curve"]
 
-# Tables are measured with rounding to nearest. GPTQ and the correction of U make good most of what it costs, and rounding
-# errors average out over a model, while parts that are left out all pull back to the base. Tried in docs/method.md.
+# Tables are measured with rounding to nearest. GPTQ and the correction of U make good most of what it costs, and
+# rounding errors average out over a model, while parts that are left out all pull back to the base. Tried in
+# docs/method.md.
 RELIEF = 0.25
 
 # Kernels cut a band into blocks of 16 ranks and fill the last one up; a matrix this wide has ranks enough not to.
@@ -30,6 +31,7 @@ KERNEL_RANKS, WIDE = 16, 1024
 MAX_RANK = 4096  # DW_MAX_RANK of cuda/include/deltaweave.h
 # Prices: steps of the search for two that enclose the budget, where they end, and how finely they are told apart.
 STRIDE, FREE, FINE = 64.0, 1e-30, 1 + 1e-6
+CURVE_STEP = 2.0
 NO_ENERGY = 1e-30
 
 
@@ -120,55 +122,96 @@ def allocate(
     Raises:
         RecipeError: a budget too small for a single singular vector.
     """
-
-    def at(price: float) -> Allocation:
-        return _at_price(tables, widths, group_size, price)
-
+    market = _Market(tables, widths, group_size)
     dear = 1.0
-    while (best := at(dear)).total_bytes > budget:
+    while (best := market.at(dear)).total_bytes > budget:
         dear *= STRIDE
     cheap = dear
-    while cheap > FREE and (found := at(cheap)).total_bytes <= budget:
+    while cheap > FREE and (found := market.at(cheap)).total_bytes <= budget:
         best, dear, cheap = found, cheap, cheap / STRIDE
     while dear > cheap * FINE:
         price = (cheap * dear) ** 0.5
-        found = at(price)
+        found = market.at(price)
         if found.total_bytes <= budget:
             best, dear = found, price
         else:
             cheap = price
     changed = any(float(table.distortion[0].sum()) for table in tables.values())
-    if changed and not any(plan.bands for plan in best.bands.values()):
+    if changed and not best.total_bytes:
         raise RecipeError(f"ratio: {int(budget)} bytes for all projections do not hold one singular vector")
-    return best
+    bands = {name: _plan(tables[name], choices, widths) for name, choices in best.choices.items()}
+    return Allocation(bands, best.total_bytes, best.distortion)
 
 
-def _at_price(
-    tables: Mapping[str, DistortionTable], widths: Sequence[int], group_size: int, price: float
-) -> Allocation:
-    """The best choice of every block where a byte costs `price`."""
-    bands, total, distortion = {}, 0, 0.0
-    for name, table in tables.items():
-        prices = torch.tensor([0.0, *(price * _bytes(table.shape, width, group_size) for width in widths)]).double()
-        choices = (table.distortion + table.step * prices[:, None]).argmin(0)
-        distortion += float(table.distortion.gather(0, choices[None]).sum())
-        plan = _plan(table, choices, widths)
-        bands[name] = plan
-        if plan.bands:
-            total += factored_bytes(table.shape, plan.bands, group_size).total
-    return Allocation(bands, total, distortion)
+def trade_curve(
+    tables: Mapping[str, DistortionTable], widths: Sequence[int], group_size: int
+) -> list[tuple[int, float]]:
+    """What bytes buy: (bytes of all projections, distortion) by rising bytes, from nothing to everything there is."""
+    market = _Market(tables, widths, group_size)
+    price, points = 1.0, [market.at(1.0)]
+    while points[0].total_bytes:
+        points.insert(0, market.at(price := price * CURVE_STEP))
+    price = 1.0
+    most = market.at(0.0)
+    while price > FREE and points[-1].total_bytes < most.total_bytes:
+        points.append(market.at(price := price / CURVE_STEP))
+    # Padding lets a dearer price cost a few bytes more now and then; such points are no bargain.
+    curve: list[tuple[int, float]] = []
+    for point in [*points, most]:
+        if not curve or (point.total_bytes > curve[-1][0] and point.distortion < curve[-1][1]):
+            curve.append((point.total_bytes, point.distortion))
+    return curve
+
+
+@dataclass(frozen=True)
+class _Purchase:
+    """What is bought at one price: the choice of every block of every projection."""
+
+    choices: dict[str, torch.Tensor]
+    total_bytes: int
+    distortion: float
+
+
+class _Market:
+    """All tables, ready to be asked at many prices."""
+
+    def __init__(self, tables: Mapping[str, DistortionTable], widths: Sequence[int], group_size: int) -> None:
+        self.tables, self.widths, self.group_size = tables, widths, group_size
+        # Of one singular vector left out, then at each width.
+        self.costs = {
+            name: torch.tensor([0.0, *(_bytes(table.shape, width, group_size) for width in widths)]).double()[:, None]
+            for name, table in tables.items()
+        }
+
+    def at(self, price: float) -> _Purchase:
+        """The best choice of every block where a byte costs `price`."""
+        chosen, total, distortion = {}, 0, 0.0
+        for name, table in self.tables.items():
+            choices = (table.distortion + price * table.step * self.costs[name]).argmin(0)
+            chosen[name] = choices
+            distortion += float(table.distortion.gather(0, choices[None]).sum())
+            bands = _bands(table, choices, self.widths)
+            if bands:
+                total += factored_bytes(table.shape, bands, self.group_size).total
+        return _Purchase(chosen, total, distortion)
+
+
+def _bands(table: DistortionTable, choices: torch.Tensor, widths: Sequence[int]) -> tuple[Band, ...]:
+    """The bands that the choices of blocks make, by falling width."""
+    ranks = torch.bincount(choices, minlength=1 + len(widths)) * table.step
+    if len(choices):
+        ranks[choices[-1]] -= len(choices) * table.step - len(table.order)  # the last block may be a part of one
+    counted = zip(ranks[1:].tolist(), widths, strict=True)
+    return tuple(Band(width, rank) for rank, width in sorted(counted, key=lambda entry: -entry[1]) if rank)
 
 
 def _plan(table: DistortionTable, choices: torch.Tensor, widths: Sequence[int]) -> BandPlan:
     """Bands by falling width; within a band vectors stand by falling importance."""
     per_vector = choices.repeat_interleave(table.step)[: len(table.order)]
-    bands, order = [], []
+    order: list[int] = []
     for choice in sorted(range(1, 1 + len(widths)), key=lambda choice: -widths[choice - 1]):
-        members = table.order[per_vector == choice]
-        if len(members):
-            bands.append(Band(widths[choice - 1], len(members)))
-            order += members.tolist()
-    return BandPlan(tuple(bands), order=tuple(order))
+        order += table.order[per_vector == choice].tolist()
+    return BandPlan(_bands(table, choices, widths), order=tuple(order))
 
 
 def _bytes(shape: tuple[int, int], width: int, group_size: int) -> float:

@@ -14,12 +14,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from deltaweave.converter.calibration import CalibrationData
 from deltaweave.converter.checkpoint import require_finite
 from deltaweave.converter.families import Projection
 from deltaweave.converter.packaging import package
-from deltaweave.converter.plan import NO_CALIBRATION, CompressionPlan, Progress, open_pair, silent
+from deltaweave.converter.plan import NO_CALIBRATION, Pair, Progress, open_pair, silent
 from deltaweave.converter.policies import Policies, other_record
+from deltaweave.converter.text import CalibrationData
 from deltaweave.converter.workspace import output_folder
 from deltaweave.formats import Band, DenseRecord, PackedBand, PackedMatrix, Record, pack_codes
 from torch import nn
@@ -105,7 +105,7 @@ def compress_bitdelta(
     return output
 
 
-def _delta(plan: CompressionPlan, projection: Projection) -> torch.Tensor:
+def _delta(plan: Pair, projection: Projection) -> torch.Tensor:
     name = projection.weight
     tuned = require_finite(plan.tuned.tensor(name), name, plan.tuned.folder)
     return tuned.float() - require_finite(plan.base.tensor(name), name, plan.base.folder).float()
@@ -152,7 +152,7 @@ class _SignedLinear(nn.Module):
 
 
 def _distilled(
-    plan: CompressionPlan,
+    plan: Pair,
     deltas: dict[str, torch.Tensor],
     scales: dict[str, torch.Tensor],
     calibration: CalibrationData,
@@ -179,7 +179,7 @@ def _distilled(
 
 def _install(
     student: nn.Module,
-    plan: CompressionPlan,
+    plan: Pair,
     deltas: dict[str, torch.Tensor],
     scales: dict[str, torch.Tensor],
 ) -> dict[str, _SignedLinear]:

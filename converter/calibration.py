@@ -1,107 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Calibration data: text to token windows, and the decoder run block by block over activations that live in a file."""
+"""The decoder run block by block over activations that live in a file."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from deltaweave.converter.checkpoint import EMBEDDING, Checkpoint
-from deltaweave.converter.errors import CalibrationError, CheckpointError, OutputError
+from deltaweave.converter.errors import CheckpointError, OutputError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 __all__ = [
     "Activations",
     "BlockStream",
-    "CalibrationData",
     "add_gram",
     "compute_dtype",
-    "default_sequence_length",
-    "source_digest",
 ]
 
-DEFAULT_TEXT = "default"
 # Tokens per forward: bounds what one block's intermediate activations may take.
 CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
 # Activations stay on a GPU if those of two layers take less than this share of what is free there.
 RESIDENT_SHARE = 0.3
-
-
-@dataclass(frozen=True)
-class CalibrationData:
-    """Token windows drawn from a text.
-
-    Attributes:
-        tokens: [samples, sequence_length] int64.
-        source: the file's name, or `default`.
-        sha256: of the text's bytes.
-    """
-
-    tokens: torch.Tensor
-    source: str
-    sha256: str
-
-    @classmethod
-    def load(
-        cls,
-        source: str | Path,
-        tokenizer_folder: Path,
-        samples: int,
-        sequence_length: int,
-        seed: int,
-    ) -> CalibrationData:
-        """Reads a text, tokenizes it and draws windows at random places.
-
-        Args:
-            source: `default`, a .txt file, or a .jsonl file whose lines have `text`, `messages`, or
-                `prompt` and `answer`.
-            tokenizer_folder: the checkpoint whose tokenizer is used.
-            samples: number of windows.
-            sequence_length: tokens per window.
-            seed: of the random places.
-
-        Raises:
-            CalibrationError: an unreadable or too short text, or a folder without a tokenizer.
-        """
-        content, name = _read_source(source)
-        tokenizer = _load_tokenizer(tokenizer_folder)
-        documents = _documents(content, name, tokenizer)
-        separator = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-        stream: list[int] = []
-        for document in documents:
-            stream += tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] + separator
-        if len(stream) < sequence_length:
-            raise CalibrationError(
-                f"{name}: holds {len(stream)} tokens, fewer than one sequence of {sequence_length} (--sequence-length)"
-            )
-        generator = torch.Generator().manual_seed(seed)
-        starts = torch.randint(len(stream) - sequence_length + 1, (samples,), generator=generator)
-        tokens = torch.tensor(stream)[starts[:, None] + torch.arange(sequence_length)]
-        return cls(tokens, name, hashlib.sha256(content).hexdigest())
-
-
-def source_digest(source: str | Path) -> str:
-    """SHA-256 of a calibration text as it is now, in hexadecimal.
-
-    Raises:
-        CalibrationError: an unreadable text.
-    """
-    return hashlib.sha256(_read_source(source)[0]).hexdigest()
-
-
-def default_sequence_length(config: dict[str, Any]) -> int:
-    """2048 as published, or the model's longest sequence if that is shorter."""
-    return min(2048, int(config.get("max_position_embeddings") or 2048))
 
 
 class Activations:
@@ -209,20 +134,39 @@ class BlockStream:
     family behaves here as it does there.
     """
 
-    def __init__(self, checkpoint: Checkpoint, sequence_length: int, device: torch.device) -> None:
-        """Prepares to run blocks of `checkpoint` on sequences of `sequence_length` tokens."""
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        sequence_length: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        """Prepares to run blocks of `checkpoint` on sequences of `sequence_length` tokens.
+
+        Args:
+            checkpoint: the model.
+            sequence_length: tokens of every sequence.
+            device: where blocks run.
+            dtype: of the arithmetic; None takes `compute_dtype`'s.
+        """
         self.checkpoint, self.device = checkpoint, device
         config = AutoConfig.from_pretrained(checkpoint.folder)
-        self.dtype = compute_dtype(checkpoint.dtype(checkpoint.resolve(EMBEDDING) or EMBEDDING), device)
+        self.dtype = dtype or compute_dtype(checkpoint.dtype(checkpoint.resolve(EMBEDDING) or EMBEDDING), device)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=self.dtype, attn_implementation="sdpa")
         self._decoder = model.get_decoder().eval()
         self._blocks: nn.ModuleList = self._decoder.layers
         self._arguments = self._record(config, sequence_length)
 
-    def embed(self, tokens: torch.Tensor, into: Activations) -> None:
-        """Writes the input of block 0 for `tokens` [samples, sequence_length]."""
-        embedding = self.checkpoint.tensor(EMBEDDING).to(self.device)
+    def embed(self, tokens: torch.Tensor, into: Activations, embedding: torch.Tensor | None = None) -> None:
+        """Writes the input of block 0 for `tokens` [samples, sequence_length].
+
+        Args:
+            tokens: their indices.
+            into: the activations.
+            embedding: in place of the checkpoint's, [tokens, hidden_size].
+        """
+        embedding = (self.checkpoint.tensor(EMBEDDING) if embedding is None else embedding).to(self.device)
         for row, sequence in enumerate(tokens.to(self.device)):
             into.write(slice(row, row + 1), embedding[sequence][None])
 
@@ -366,53 +310,3 @@ def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     if device.type == "cuda" or (stored == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return stored
     return torch.float32
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise CalibrationError(f"{folder}: no usable tokenizer ({str(error).splitlines()[0]})") from error
-
-
-def _read_source(source: str | Path) -> tuple[bytes, str]:
-    if str(source) == DEFAULT_TEXT:
-        return files("deltaweave.converter").joinpath("data/calibration.txt").read_bytes(), DEFAULT_TEXT
-    path = Path(source)
-    if path.suffix not in (".txt", ".jsonl"):
-        raise CalibrationError(f"{path}: calibration text must be .txt, .jsonl, `default` or `none`")
-    try:
-        return path.read_bytes(), path.name
-    except OSError as error:
-        raise CalibrationError(f"{path}: not readable ({error.strerror})") from error
-
-
-def _documents(content: bytes, name: str, tokenizer: Any) -> list[str]:
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{name}: not UTF-8 at byte {error.start}") from error
-    if not name.endswith(".jsonl"):
-        return [text]
-    return [
-        _document(line, f"{name}:{number}", tokenizer)
-        for number, line in enumerate(text.splitlines(), 1)
-        if line.strip()
-    ]
-
-
-def _document(line: str, where: str, tokenizer: Any) -> str:
-    try:
-        entry = json.loads(line)
-    except ValueError as error:
-        raise CalibrationError(f"{where}: not JSON ({error})") from error
-    if isinstance(entry, dict):
-        if isinstance(entry.get("text"), str):
-            return str(entry["text"])
-        if isinstance(entry.get("messages"), list):
-            if not tokenizer.chat_template:
-                raise CalibrationError(f"{where}: has messages, but the tokenizer has no chat template")
-            return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
-        if isinstance(entry.get("prompt"), str) and isinstance(entry.get("answer"), str):
-            return str(entry["prompt"]) + str(entry["answer"])
-    raise CalibrationError(f"{where}: has neither `text`, nor `messages`, nor `prompt` and `answer`")

@@ -80,7 +80,7 @@ def write_card(path: Path, command: str | None) -> None:
             projection_bytes=count.projections,
             projection_ratio=ratio_text(count.projections, count.tuned_projections),
             calibration=_calibration_text(header.calibration),
-            recipe=", ".join(f"{key} {value}" for key, value in header.method.get("recipe", {}).items() if value != {}),
+            recipe=_recipe_text(header.method.get("recipe", {})),
             command=command or "deltaweave.compress(...) from Python",
         )
     write_atomically(card_path(path), lambda write: write_pieces(write, [text.encode()], []))
@@ -89,6 +89,10 @@ def write_card(path: Path, command: str | None) -> None:
 def ratio_text(part: int, whole: int) -> str:
     """A ratio as 1/N."""
     return f"1/{whole / part:.2f}" if part else "0"
+
+
+def _recipe_text(recipe: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in recipe.items() if value not in ({}, None))
 
 
 def _calibration_text(calibration: Mapping[str, Any] | None) -> str:

@@ -7,12 +7,13 @@ import time
 from dataclasses import dataclass
 
 import torch
-from deltaweave.converter.calibration import CHUNK_TOKENS, compute_dtype, default_sequence_length
+from deltaweave.converter.calibration import CHUNK_TOKENS, compute_dtype
 from deltaweave.converter.checkpoint import EMBEDDING
 from deltaweave.converter.families import Projection
 from deltaweave.converter.plan import CompressionOptions, CompressionPlan
 from deltaweave.converter.policies import other_bytes
 from deltaweave.converter.sensitivity import MEASURED_TOKENS
+from deltaweave.converter.text import HELD_OUT_TOKENS, default_sequence_length
 from deltaweave.formats import factored_bytes
 
 __all__ = ["Estimate", "estimate"]
@@ -23,6 +24,8 @@ EIGH_OPERATIONS = 45
 COLUMN_SECONDS = {"cpu": 1.2e-4, "cuda": 1.2e-5}
 # Python, torch and transformers before any tensor, in bytes.
 IDLE_BYTES = 450 * 10**6
+# Compressions that a search for a quality takes as a rule.
+USUAL_TRIES = 3
 # Side of the product that measures a rate: large enough for launches not to count.
 RATE_SIZE = {"cpu": 1024, "cuda": 8192}
 
@@ -37,6 +40,8 @@ class Estimate:
         disk_bytes: output and unfinished work together, at their peak.
         projection_bytes: the projections' share of the output.
         file_bytes: the whole output, without its header.
+        tries: compressions that `seconds` has in it: more than one where a quality is looked for, and then sizes are
+            those that the search begins with.
     """
 
     seconds: float
@@ -44,6 +49,7 @@ class Estimate:
     disk_bytes: int
     projection_bytes: int
     file_bytes: int
+    tries: int
 
 
 def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
@@ -52,18 +58,25 @@ def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
         factored_bytes(p.shape, plan.bands[p.weight].bands, options.recipe.group_size).total for p in plan.projections
     )
     if options.recipe.allocated:  # spent to the last singular vector that fits
-        projections = int(options.recipe.ratio * sum(2 * p.shape[0] * p.shape[1] for p in plan.projections))
+        projections = int(plan.recipe.ratio * plan.dense_bytes)
     others = sum(
         other_bytes(plan.base, plan.tuned, name, options.effective_policies, options.recipe.group_size)
         for name in plan.others
     )
     activations = 2 * _activation_bytes(plan, options) if options.calibrated else 0
+    searched = plan.recipe.max_kl is not None
+    tries = USUAL_TRIES if searched else 1
+    kept = 2 if searched else 1  # the best try lies beside the one that is being made
     return Estimate(
-        seconds=_seconds(plan, options),
+        seconds=_seconds_once(plan, options) + tries * _seconds(plan, options),
         memory_bytes=_memory(plan, options),
-        disk_bytes=max(activations, _measured_bytes(plan, options)) + 2 * (projections + others),
+        disk_bytes=max(activations, _measured_bytes(plan, options))
+        + _vector_bytes(plan)
+        + (1 + kept) * projections
+        + 2 * others,
         projection_bytes=projections,
         file_bytes=projections + others,
+        tries=tries,
     )
 
 
@@ -84,6 +97,12 @@ def _measured_bytes(plan: CompressionPlan, options: CompressionOptions) -> int:
     return (len(plan.layers) + 1) * _measured_tokens(plan, options) * width
 
 
+def _vector_bytes(plan: CompressionPlan) -> int:
+    """Singular vectors that are kept so that no projection is decomposed twice."""
+    again = plan.recipe.allocated or plan.recipe.max_kl is not None
+    return sum(4 * min(p.shape) ** 2 for p in plan.projections) if again else 0
+
+
 def _dtype(plan: CompressionPlan, options: CompressionOptions) -> torch.dtype:
     return compute_dtype(plan.tuned.dtype(EMBEDDING), options.torch_device)
 
@@ -92,15 +111,27 @@ def _activation_bytes(plan: CompressionPlan, options: CompressionOptions) -> int
     return _tokens(plan, options) * int(plan.tuned.config["hidden_size"]) * _dtype(plan, options).itemsize
 
 
-def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
-    device = options.torch_device
-    double, single = _rate(torch.float64, device), _rate(torch.float32, device)
-    own = _rate(_dtype(plan, options), device)
-    stages = [stage for layer in plan.layers for stage in layer]
-    decompositions = 2 if options.recipe.allocated else 1  # bits are chosen between the two
-    seconds = decompositions * sum(_svd_operations(p) for p in plan.projections) / double
+def _seconds_once(plan: CompressionPlan, options: CompressionOptions) -> float:
+    """What is done once, however many ratios are tried: decompositions, and measuring what bits are chosen by."""
+    device, recipe = options.torch_device, plan.recipe
+    seconds = sum(_svd_operations(p) for p in plan.projections) / _rate(torch.float64, device)
     # Forward; forward again; and backward through the activations, which costs as much.
-    seconds += 3 * _measured_tokens(plan, options) * _block_operations(plan) / own
+    seconds += 3 * _measured_tokens(plan, options) * _block_operations(plan) / _rate(_dtype(plan, options), device)
+    if recipe.allocated:
+        roundings = 1 + len(recipe.widths)
+        moments = sum(2.0 * roundings * min(p.shape) * (p.shape[0] ** 2 + p.shape[1] ** 2) for p in plan.projections)
+        seconds += moments / _rate(torch.float32, device)
+    return seconds
+
+
+def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
+    """Of one compression."""
+    device = options.torch_device
+    single, own = _rate(torch.float32, device), _rate(_dtype(plan, options), device)
+    stages = [stage for layer in plan.layers for stage in layer]
+    seconds = 0.0
+    if plan.recipe.max_kl is not None:
+        seconds += HELD_OUT_TOKENS * _block_operations(plan) / single
     seconds += sum(4 * p.shape[0] * p.shape[1] * plan.bands[p.weight].rank for p in plan.projections) / single
     if options.calibrated:
         tokens = _tokens(plan, options)

@@ -12,11 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
 from itertools import islice
+from threading import Lock
 from typing import TypeVar
 
 import torch
 
-__all__ = ["Overlap"]
+__all__ = ["Overlap", "hand_over"]
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -30,6 +31,7 @@ class Overlap:
         self._prepare, self._threads = prepare, ExitStack()
         self._ahead, self._writer, self._aside = self._thread(), self._thread(), self._thread()
         self._written: Future[None] | None = None
+        self._writing = Lock()
 
     @classmethod
     def beside(cls, device: torch.device) -> Overlap:
@@ -45,7 +47,7 @@ class Overlap:
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
         """`function` of every item, always one item ahead, on a GPU stream of its own.
 
-        What it returns must be complete, and tensors in it recorded on the stream that goes on to use them.
+        Tensors in what it returns must have been handed over, see `hand_over`.
         """
         if self._ahead is None:
             return map(function, items)
@@ -58,12 +60,13 @@ class Overlap:
         return function if self._aside is None else self._aside.submit(function).result
 
     def write(self, function: Callable[[], None]) -> None:
-        """Writes behind the work, in order. One write may be under way: it holds what it writes."""
+        """Writes behind the work, in order, whichever thread asks. One write is under way: it holds what it writes."""
         if self._writer is None:
             function()
             return
-        self.flush()
-        self._written = self._writer.submit(function)
+        with self._writing:
+            self.flush()
+            self._written = self._writer.submit(function)
 
     def flush(self) -> None:
         """Waits until everything is written, and raises what went wrong."""
@@ -88,6 +91,15 @@ class Overlap:
             result = begun.popleft().result()
             begun.extend(pool.submit(function, item) for item in islice(waiting, 1))
             yield result
+
+
+def hand_over(*tensors: torch.Tensor) -> None:
+    """Makes what a thread's own stream computed complete, and fit to be used on a GPU's default stream."""
+    on_gpu = [tensor for tensor in tensors if tensor.is_cuda]
+    for tensor in on_gpu:
+        tensor.record_stream(torch.cuda.default_stream(tensor.device))
+    if on_gpu:
+        torch.cuda.current_stream(on_gpu[0].device).synchronize()
 
 
 def _own_stream(device: torch.device) -> None:

@@ -8,10 +8,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from deltaweave.converter.calibration import CalibrationData
 from deltaweave.converter.card import write_card
 from deltaweave.converter.checkpoint import EMBEDDING, STORED_NAMES, Checkpoint
-from deltaweave.converter.plan import CompressionPlan
+from deltaweave.converter.plan import Pair
+from deltaweave.converter.text import CalibrationData
 from deltaweave.formats import Architecture, BaseIdentity, Header, Record, TunedInfo, write_delta
 
 __all__ = ["package"]
@@ -33,7 +33,7 @@ CARRIED_FILES = (
 
 def package(
     output: Path,
-    plan: CompressionPlan,
+    plan: Pair,
     records: Mapping[str, Record],
     identity: BaseIdentity,
     method: Mapping[str, Any],
@@ -88,7 +88,7 @@ def _calibration_info(calibration: CalibrationData | None) -> dict[str, Any] | N
     }
 
 
-def _carried_files(plan: CompressionPlan) -> dict[str, bytes]:
+def _carried_files(plan: Pair) -> dict[str, bytes]:
     carried = {}
     for name in CARRIED_FILES:
         file, original = plan.tuned.folder / name, plan.base.folder / name

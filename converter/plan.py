@@ -5,23 +5,25 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from deltaweave.converter.calibration import source_digest
-from deltaweave.converter.checkpoint import Checkpoint
+from deltaweave.converter.checkpoint import Checkpoint, require_finite
 from deltaweave.converter.errors import CheckpointError, RecipeError
 from deltaweave.converter.families import Projection, family_of
 from deltaweave.converter.policies import Policies
 from deltaweave.converter.recipe import BandPlan, Recipe
+from deltaweave.converter.text import source_digest
 from deltaweave.formats import Band, factored_bytes
 
 __all__ = [
     "NO_CALIBRATION",
     "CompressionOptions",
     "CompressionPlan",
+    "Pair",
     "Progress",
     "open_pair",
     "plan_compression",
@@ -51,6 +53,8 @@ class CompressionOptions:
         seed: of the windows drawn from the calibration text.
         policies: embeddings and lm_head; beside full-rank 16-bit projections `auto` means `exact`.
         device: where the arithmetic runs; None takes the GPU if there is one.
+        held_out: a .txt or .jsonl file that a quality is measured on; None takes an eighth of the calibration text,
+            which is then not calibrated on, or the text that ships with the tool where nothing is calibrated.
     """
 
     recipe: Recipe = field(default_factory=lambda: Recipe.preset("triple"))
@@ -60,6 +64,11 @@ class CompressionOptions:
     seed: int = 0
     policies: Policies = field(default_factory=Policies)
     device: str | None = None
+    held_out: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.held_out is not None and self.recipe.max_kl is None:
+            raise RecipeError(f"held_out {self.held_out}: is measured on only where the recipe has a max_kl")
 
     @property
     def torch_device(self) -> torch.device:
@@ -78,13 +87,18 @@ class CompressionOptions:
 
 
 @dataclass(frozen=True)
-class CompressionPlan:
-    """The pair and what will become of each projection, known before any work starts."""
+class Pair:
+    """Two checkpoints that belong together.
+
+    Attributes:
+        base: the base.
+        tuned: its fine-tune.
+        layers: the projections as [layer][stage][position].
+    """
 
     base: Checkpoint
     tuned: Checkpoint
     layers: list[list[list[Projection]]]
-    bands: dict[str, BandPlan]
 
     @property
     def projections(self) -> list[Projection]:
@@ -92,10 +106,45 @@ class CompressionPlan:
         return [projection for layer in self.layers for stage in layer for projection in stage]
 
     @property
+    def dense_bytes(self) -> int:
+        """16-bit bytes of all projections, which ratios are taken of."""
+        return sum(2 * projection.shape[0] * projection.shape[1] for projection in self.projections)
+
+    @property
     def others(self) -> list[str]:
         """Tuned tensors that are not projections, aliases of tied weights left out."""
         projections = {projection.weight for projection in self.projections}
         return [name for name in self.tuned.names if name not in projections and name not in self.tuned.tied]
+
+    def weights(self, projection: Projection, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+        """The base's weight as stored and what the fine-tune adds to it in float32, on `device`.
+
+        Raises:
+            CheckpointError: NaN or infinite values.
+        """
+        name = projection.weight
+        base, tuned = (
+            require_finite(checkpoint.tensor(name).to(device), name, checkpoint.folder)
+            for checkpoint in (self.base, self.tuned)
+        )
+        return base, tuned.float() - base.float()
+
+
+@dataclass(frozen=True)
+class CompressionPlan(Pair):
+    """The pair and what will become of each projection, known before any work starts.
+
+    Attributes:
+        recipe: with its budget as a ratio; the one to begin with, if a quality is looked for.
+        bands: of every projection; stand-ins where they are `auto`.
+    """
+
+    recipe: Recipe
+    bands: dict[str, BandPlan]
+
+    def at(self, ratio: float) -> CompressionPlan:
+        """The same at another ratio."""
+        return _planned(self, self.recipe.at(ratio))
 
     @property
     def shrunk(self) -> list[Projection]:
@@ -108,17 +157,33 @@ def plan_compression(base: str | Path, tuned: str | Path, recipe: Recipe) -> Com
 
     Raises:
         CheckpointError: a broken checkpoint, an unsupported architecture, or shapes that do not match.
-        RecipeError: a ratio that no rank meets.
+        RecipeError: a budget that no rank meets, or that is more than the projections have.
     """
     pair = open_pair(base, tuned)
+    if recipe.max_kl is None:
+        return _planned(pair, recipe.settled(pair.dense_bytes))
+    return _first_plan(pair, recipe)
+
+
+def _first_plan(pair: Pair, recipe: Recipe) -> CompressionPlan:
+    """What the search for a quality begins with: the usual ratio, or more where a small model has no room in it."""
+    *smaller, last = (min(1.0, recipe.ratio * 2**step) for step in range(5))
+    for ratio in smaller:
+        with suppress(RecipeError):
+            return _planned(pair, recipe.model_copy(update={"ratio": ratio}))
+    return _planned(pair, recipe.model_copy(update={"ratio": last}))
+
+
+def _planned(pair: Pair, recipe: Recipe) -> CompressionPlan:
     if recipe.allocated:
         _require_room(pair, recipe)
-    return replace(pair, bands={p.weight: recipe.plan(p.kind, p.shape) for p in pair.projections})
+    bands = {p.weight: recipe.plan(p.kind, p.shape) for p in pair.projections}
+    return CompressionPlan(pair.base, pair.tuned, pair.layers, recipe, bands)
 
 
-def _require_room(pair: CompressionPlan, recipe: Recipe) -> None:
+def _require_room(pair: Pair, recipe: Recipe) -> None:
     """Refuses a common budget that not one singular vector fits, before anything is measured."""
-    budget = recipe.ratio * sum(2 * p.shape[0] * p.shape[1] for p in pair.projections)
+    budget = recipe.ratio * pair.dense_bytes
     band = Band(min(recipe.widths), 1)
     need = min(factored_bytes(p.shape, (band,), recipe.group_size).total for p in pair.projections)
     if need > budget:
@@ -128,8 +193,8 @@ def _require_room(pair: CompressionPlan, recipe: Recipe) -> None:
         )
 
 
-def open_pair(base: str | Path, tuned: str | Path) -> CompressionPlan:
-    """Opens and compares the pair, without bands.
+def open_pair(base: str | Path, tuned: str | Path) -> Pair:
+    """Opens and compares the pair.
 
     Raises:
         CheckpointError: as `plan_compression`.
@@ -137,7 +202,7 @@ def open_pair(base: str | Path, tuned: str | Path) -> CompressionPlan:
     base_checkpoint, tuned_checkpoint = Checkpoint.open(base), Checkpoint.open(tuned)
     family_of(base_checkpoint)
     layers = family_of(tuned_checkpoint).projections(tuned_checkpoint)
-    pair = CompressionPlan(base_checkpoint, tuned_checkpoint, layers, {})
+    pair = Pair(base_checkpoint, tuned_checkpoint, layers)
     for projection in pair.projections:
         _require_same_shape(base_checkpoint, tuned_checkpoint, projection)
     return pair
@@ -153,7 +218,7 @@ def _require_same_shape(base: Checkpoint, tuned: Checkpoint, projection: Project
         )
 
 
-def resume_key(plan: CompressionPlan, options: CompressionOptions) -> dict[str, Any]:
+def resume_key(plan: Pair, options: CompressionOptions) -> dict[str, Any]:
     """What must agree for unfinished work to be continued: options, inputs, and what decides rounding."""
     return {
         "base": plan.base.fingerprint(),
@@ -161,6 +226,8 @@ def resume_key(plan: CompressionPlan, options: CompressionOptions) -> dict[str, 
         "recipe": options.recipe.model_dump(mode="json"),
         "calibration": options.calibration,
         "calibration_text": source_digest(options.calibration) if options.calibrated else None,
+        "held_out": options.held_out,
+        "held_out_text": source_digest(options.held_out) if options.held_out else None,
         "samples": options.samples,
         "sequence_length": options.sequence_length,
         "seed": options.seed,

@@ -15,12 +15,13 @@ from deltaweave.converter.quantize import GridFit
 from deltaweave.formats import CODE_BITS, MAX_BANDS, Band, factored_bytes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-__all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "Sensitivity", "parse_bands", "published_alpha"]
+__all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "Sensitivity", "parse_bands", "parse_bytes", "published_alpha"]
 
 BITS = (*CODE_BITS, 16)
 Rank = int | Literal["*", "full"]
 Sensitivity = Literal["balanced", "fisher", "output", "weight"]
 AUTO = "auto"
+BUDGETS = ("ratio", "max_bytes", "max_kl")
 # What costs and times are estimated with while `auto` is not yet known.
 STAND_IN = "3:*"
 
@@ -78,7 +79,10 @@ class Recipe(BaseModel):
             the geometric mean of `fisher` and `weight`.
         overrides: bands for single kinds of projection (`k_proj`: ...); not beside `auto`.
         ratio: budget as a share of 16-bit bytes, scales, zeros and sigma included: of every projection, or with
-            `auto` of all together. Bands without a `*` are taken as they are.
+            `auto` of all together. Bands without a `*` are taken as they are. At most one of this and the next two.
+        max_bytes: budget of all projections in bytes, counted as `ratio` counts; a number, or text such as `900MB`.
+        max_kl: the smallest file is looked for whose KL to the fine-tune, measured in nats a token on held-out text,
+            is at most this.
         grid: what the grids of codes are fitted to.
         whiten: decompose the delta in the metric of its input's second moment.
         correct_target: fit U to what V's quantization left of the delta before it is quantized.
@@ -95,6 +99,8 @@ class Recipe(BaseModel):
     sensitivity: Sensitivity = "balanced"
     overrides: dict[str, str] = Field(default_factory=dict)
     ratio: float = Field(default=1 / 16, gt=0, le=1)
+    max_bytes: int | None = Field(default=None, gt=0)
+    max_kl: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     group_size: int = Field(default=128, ge=8, le=65536)
     damping: float = Field(default=0.01, gt=0, lt=1)
     activation_order: bool = True
@@ -116,10 +122,21 @@ class Recipe(BaseModel):
             raise ValueError(f"widths {list(widths)}, expected different ones of {', '.join(map(str, CODE_BITS))}")
         return widths
 
+    @field_validator("max_bytes", mode="before")
+    @classmethod
+    def _check_max_bytes(cls, max_bytes: object) -> object:
+        return parse_bytes(max_bytes) if isinstance(max_bytes, str) else max_bytes
+
     @model_validator(mode="after")
-    def _check_auto(self) -> Recipe:
+    def _check_together(self) -> Recipe:
         if self.allocated and self.overrides:
             raise ValueError("overrides have no place beside bands: auto")
+        given = [name for name in BUDGETS if name in self.model_fields_set and getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are budgets of one thing, expected one of them")
+        every = [self.bands, *self.overrides.values()]
+        if given and given != ["ratio"] and not any(bands == AUTO or "*" in bands for bands in every):
+            raise ValueError(f"{given[0]}: bands {self.bands!r} leave nothing to it, expected `*` or auto in them")
         return self
 
     @field_validator("overrides")
@@ -138,7 +155,7 @@ class Recipe(BaseModel):
         """
         if name not in PRESETS:
             raise RecipeError(f"recipe {name!r}: unknown, expected one of {', '.join(PRESETS)} or a YAML file")
-        return cls.checked({"name": name, **PRESETS[name], **options}, f"recipe {name!r}")
+        return cls.checked(_merged({"name": name, **PRESETS[name]}, options), f"recipe {name!r}")
 
     @classmethod
     def from_yaml(cls, path: str | Path, **options: Any) -> Recipe:
@@ -154,7 +171,7 @@ class Recipe(BaseModel):
             raise RecipeError(f"{path}: not readable as YAML ({' '.join(str(error).split())})") from error
         if not isinstance(content, dict):
             raise RecipeError(f"{path}: holds {type(content).__name__}, expected keys such as `bands` and `ratio`")
-        return cls.checked({"name": path.stem, **content, **options}, str(path))
+        return cls.checked(_merged({"name": path.stem, **content}, options), str(path))
 
     @classmethod
     def checked(cls, fields: dict[str, Any], where: str) -> Recipe:
@@ -180,6 +197,25 @@ class Recipe(BaseModel):
             and not self.overrides
             and all(spec == BandSpec(16, "full") for spec in parse_bands(self.bands))
         )
+
+    def at(self, ratio: float) -> Recipe:
+        """The same recipe with a budget of `ratio` and no other."""
+        fields = self.model_dump(exclude={"max_bytes", "max_kl"})
+        return Recipe.checked({**fields, "ratio": ratio}, f"recipe {self.name!r}")
+
+    def settled(self, dense_bytes: int) -> Recipe:
+        """The same recipe with `max_bytes` as a ratio of `dense_bytes`, the projections' 16-bit bytes.
+
+        Raises:
+            RecipeError: more bytes than that.
+        """
+        if self.max_bytes is None:
+            return self
+        if self.max_bytes > dense_bytes:
+            raise RecipeError(
+                f"max_bytes {self.max_bytes}: the projections take {dense_bytes} bytes in 16 bits, expected fewer"
+            )
+        return self.at(self.max_bytes / dense_bytes)
 
     def plan(self, kind: str, shape: tuple[int, int]) -> BandPlan:
         """Solves the bands of one projection; where they are `auto`, bands of like size that stand in for them.
@@ -241,11 +277,32 @@ def parse_bands(text: str) -> list[BandSpec]:
     return specs
 
 
+def parse_bytes(text: str) -> int:
+    """A size such as `900MB`, `1.5 GB`, `512MiB` or `900000000`.
+
+    Raises:
+        RecipeError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGT]?i?B?)", text.strip())
+    unit = match[2].removesuffix("B") if match else ""
+    if not match or unit == "i":
+        raise RecipeError(f"{text!r} is no size, expected one such as 900MB, 1.5GiB or a number of bytes")
+    base, power = (1024 if unit.endswith("i") else 1000), " kMGT".index(unit[:1].replace("K", "k") or " ")
+    return int(float(match[1]) * base**power)
+
+
 def published_alpha(shape: tuple[int, int], bands: tuple[Band, ...]) -> float:
     """The paper's compression ratio of one matrix: code bits alone over 16-bit weights (arXiv 2406.08903)."""
     out_features, in_features = shape
     bits = sum(band.bits * band.rank for band in bands)
     return bits * (out_features + in_features) / (16 * out_features * in_features)
+
+
+def _merged(fields: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    """`fields` with `options` in their place; a budget among these replaces whatever budget there was."""
+    if any(options.get(name) is not None for name in BUDGETS):
+        fields = {key: value for key, value in fields.items() if key not in BUDGETS}
+    return {**fields, **options}
 
 
 def _parse_band(part: str, text: str) -> BandSpec:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-__all__ = ["Factors", "truncated_svd", "whitened_svd"]
+__all__ = ["Factors", "factors_of", "short_vectors", "truncated_svd", "whitened_svd"]
 
 # Below this share of the largest singular value, a direction is rounding noise of the float64 Gram matrix.
 NOISE_FLOOR = 1e-7
@@ -63,20 +63,38 @@ def truncated_svd(delta: torch.Tensor, rank: int) -> Factors:
     Returns:
         The factors; the largest entry of each pair's shorter vector is positive. Rank 0 for a delta of zeros.
     """
-    if rank == 0:
-        return _empty(delta)
-    tall = delta if delta.shape[0] >= delta.shape[1] else delta.T
+    return factors_of(delta, short_vectors(delta, rank))
+
+
+def short_vectors(delta: torch.Tensor, rank: int) -> torch.Tensor:
+    """The costly half of `truncated_svd`: the singular vectors of the delta's shorter side.
+
+    Args:
+        delta: [out_features, in_features] float32.
+        rank: number of vectors wanted.
+
+    Returns:
+        [rank or fewer, shorter side] float32, by falling singular value.
+    """
+    tall = _tall(delta)
+    if rank == 0 or not delta.any():
+        return delta.new_empty(0, tall.shape[1])
     eigenvalues, eigenvectors = torch.linalg.eigh(_gram(tall))
-    total = float(eigenvalues.clamp_min(0).sum())
     eigenvalues, short = eigenvalues.flip(0)[:rank], eigenvectors.flip(1)[:, :rank]
-    if total == 0:
-        return _empty(delta)
     keep = int((eigenvalues > eigenvalues[0] * NOISE_FLOOR**2).sum())
-    long, sigma = _long_side(tall, short[:, :keep])
-    sign = torch.gather(short[:, :keep], 0, short[:, :keep].abs().argmax(0, keepdim=True)).sign()
-    long, short = long * sign.float(), (short[:, :keep] * sign).float()
-    u, v = (long, short) if delta.shape[0] >= delta.shape[1] else (short, long)
-    energy = min(1.0, float(sigma.double().square().sum()) / total)
+    short = short[:, :keep]
+    sign = torch.gather(short, 0, short.abs().argmax(0, keepdim=True)).sign()
+    vectors: torch.Tensor = (short * sign).T.float().contiguous()
+    return vectors
+
+
+def factors_of(delta: torch.Tensor, short: torch.Tensor) -> Factors:
+    """The factors of a delta that belong to vectors of `short_vectors`, all or the first of them."""
+    if not len(short):
+        return _empty(delta)
+    long, sigma = _long_side(_tall(delta), short.T.double())
+    u, v = (long, short.T) if delta.shape[0] >= delta.shape[1] else (short.T, long)
+    energy = min(1.0, float(sigma.double().square().sum()) / _squared_norm(delta))
     return Factors(u.contiguous(), sigma, v.T.contiguous(), energy)
 
 
@@ -101,6 +119,14 @@ def whitened_svd(delta: torch.Tensor, moment: torch.Tensor, rank: int) -> Factor
     v = factors.v @ inverse.float()
     lengths = v.norm(dim=1)
     return Factors(factors.u, factors.sigma * lengths, v / lengths[:, None], factors.energy)
+
+
+def _tall(delta: torch.Tensor) -> torch.Tensor:
+    return delta if delta.shape[0] >= delta.shape[1] else delta.T
+
+
+def _squared_norm(delta: torch.Tensor) -> float:
+    return float(sum(piece.double().square().sum() for piece in delta.split(CHUNK)))
 
 
 def _gram(tall: torch.Tensor) -> torch.Tensor:

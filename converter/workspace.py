@@ -98,6 +98,25 @@ class Workspace:
         for file in self.folder.glob("measured-*"):
             file.unlink(missing_ok=True)
 
+    @property
+    def reference(self) -> Path:
+        """Where the fine-tune's hidden states on held-out text are kept."""
+        return self.folder / "reference.bin"
+
+    @property
+    def candidate(self) -> Path:
+        """Where a candidate's lie while it is measured."""
+        return self.folder / "candidate.bin"
+
+    def drop_candidate(self) -> None:
+        """Deletes them."""
+        for file in self.folder.glob("candidate.*"):
+            file.unlink()
+
+    def attempt(self, name: str) -> Workspace:
+        """A folder inside for one of several compressions."""
+        return Workspace(self.folder / name, {})
+
     def cached_json(self, name: str) -> Any | None:
         """A small value kept by `cache_json`, None if there is none."""
         file = self.folder / name
@@ -108,7 +127,7 @@ class Workspace:
         _write_durably(self.folder / name, json.dumps(value))
 
     def remove(self) -> None:
-        """Deletes the folder once its contents live in the output."""
+        """Deletes the folder once its contents live in the output, or are of no use."""
         shutil.rmtree(self.folder)
 
     def _part(self, part: str) -> Path:

@@ -147,7 +147,7 @@ class Decompositions:
     @contextmanager
     def shared(self) -> Iterator[None]:
         """Inside, the converter's `truncated_svd` looks here first."""
-        converter: Any = importlib.import_module("deltaweave.converter.compress")
+        converter: Any = importlib.import_module("deltaweave.converter.decompositions")
         before = converter.truncated_svd
         converter.truncated_svd = self._truncated_svd
         try:

@@ -22,6 +22,7 @@ from deltaweave.cli.console import (
 )
 from deltaweave.cli.inspect import print_totals, totals
 from deltaweave.converter import (
+    ROUNDS,
     BitDeltaOptions,
     CompressionOptions,
     CompressionPlan,
@@ -49,6 +50,10 @@ COMPRESS_EXAMPLES = """Examples:
 
     deltaweave compress --base B --tuned T -o quick.safetensors --calibration none
 
+    deltaweave compress --base B --tuned T -o t.safetensors --recipe optimal --max-bytes 900MB
+
+    deltaweave compress --base B --tuned T -o t.safetensors --recipe optimal --max-kl 0.002 --held-out mine.txt
+
     deltaweave compress --base B --tuned T -o t.safetensors --dry-run
 """
 
@@ -68,6 +73,27 @@ def compress_command(
     ratio: Annotated[
         str | None,
         typer.Option(help="Budget of the projections as a share of 16 bit, metadata included. [default: 1/16]"),
+    ] = None,
+    max_bytes: Annotated[
+        str | None,
+        typer.Option(
+            help="The same budget in bytes, such as 900MB or 1.5GiB: of the projections, metadata included; norms, "
+            "embeddings and carried files come on top."
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Look for the smallest file whose KL to the fine-tune, measured in nats a token on held-out text, is "
+            "at most this; compresses a few times."
+        ),
+    ] = None,
+    held_out: Annotated[
+        str | None,
+        typer.Option(
+            help="Text (.txt, .jsonl) that --max-kl measures on. [default: an eighth of the calibration text, which is "
+            "then not calibrated on]"
+        ),
     ] = None,
     group_size: Annotated[int | None, typer.Option(help="Codes per scale and zero. [default: 128]")] = None,
     damping: Annotated[float | None, typer.Option(help="GPTQ damping. [default: 0.01]")] = None,
@@ -100,17 +126,20 @@ def compress_command(
         torch.set_num_threads(threads)
     policies = Policies(embeddings, lm_head)
     if recipe == BITDELTA:
+        _refuse_budget(ratio=ratio, max_bytes=max_bytes, max_kl=max_kl, held_out=held_out)
         options = BitDeltaOptions(calibration=calibration, seed=seed, policies=policies)
         with progress_bar() as progress:
             compress_bitdelta(base, tuned, out, options, force=force, command=command_line(), progress=progress)
         _report(out, json_output)
         return
-    chosen = _recipe(recipe, bands=bands, ratio=ratio, group_size=group_size, damping=damping)
+    budget = {"ratio": None if ratio is None else parse_ratio(ratio), "max_bytes": max_bytes, "max_kl": max_kl}
+    chosen = _recipe(recipe, bands, {**budget, "group_size": group_size, "damping": damping})
     if chosen.name in UNCALIBRATED:
         calibration = "none"
-    full_options = CompressionOptions(chosen, calibration, samples, sequence_length, seed, policies, device)
+    full_options = CompressionOptions(chosen, calibration, samples, sequence_length, seed, policies, device, held_out)
     plan = plan_compression(base, tuned, chosen)
-    _tell_shrunk(plan)
+    if chosen.max_kl is None:
+        _tell_shrunk(plan)
     if dry_run:
         _print_estimate(estimate(plan, full_options), out, json_output)
         return
@@ -141,15 +170,20 @@ def parse_ratio(text: str) -> float:
         raise RecipeError(f"--ratio {text}: expected a number such as 1/16 or 0.0625") from error
 
 
-def _recipe(name: str, *, bands: str | None, ratio: str | None, **options: Any) -> Recipe:
+def _recipe(name: str, bands: str | None, options: dict[str, Any]) -> Recipe:
+    """The recipe of a name, a YAML file or a band list, with what the command line says of its fields."""
     fields = {key: value for key, value in options.items() if value is not None}
-    if ratio is not None:
-        fields["ratio"] = parse_ratio(ratio)
     if bands is not None:
         return Recipe.checked({"name": "custom", "bands": bands, **fields}, "--bands")
     if name.endswith((".yaml", ".yml")):
         return Recipe.from_yaml(name, **fields)
     return Recipe.preset(name, **fields)
+
+
+def _refuse_budget(**given: Any) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise RecipeError(f"--{name.replace('_', '-')} {value}: bitdelta has one size, one bit a weight")
 
 
 def _tell_shrunk(plan: CompressionPlan) -> None:
@@ -168,11 +202,13 @@ def _print_estimate(costs: Estimate, out: Path, json_output: bool) -> None:
         print_json({**asdict(costs), "free_disk_bytes": free})
         return
     table = Table("estimate", "", title=f"{out.name} (nothing was written)")
-    table.add_row("time", f"{costs.seconds / 60:.1f} minutes")
+    tries = f", {costs.tries} tries assumed; at most {ROUNDS}" if costs.tries > 1 else ""
+    table.add_row("time", f"{costs.seconds / 60:.1f} minutes{tries}")
     table.add_row("memory", format_bytes(costs.memory_bytes))
     table.add_row("disk, at its peak", f"{format_bytes(costs.disk_bytes)} of {format_bytes(free)} free")
-    table.add_row("projections", format_bytes(costs.projection_bytes))
-    table.add_row("file", format_bytes(costs.file_bytes))
+    found = " where the search begins" if costs.tries > 1 else ""
+    table.add_row("projections", format_bytes(costs.projection_bytes) + found)
+    table.add_row("file", format_bytes(costs.file_bytes) + found)
     output.print(table)
     if costs.disk_bytes > free:
         warn(f"{out.parent}: too little space is free")
@@ -184,3 +220,26 @@ def _report(out: Path, json_output: bool) -> None:
             print_json(totals(delta))
         else:
             print_totals(delta)
+            if "quality" in delta.header.method:
+                _print_quality(delta.header.method["quality"])
+
+
+def _print_quality(quality: dict[str, Any]) -> None:
+    """What was wanted, predicted and measured, try by try."""
+    limit = quality["max_kl"]
+    table = Table("ratio", "projections", "KL predicted", "KL measured", "", box=None)
+    for column in table.columns:
+        column.justify = "right"
+    for attempt in quality["attempts"]:
+        predicted, kept = attempt["predicted"], attempt == quality["chosen"]
+        table.add_row(
+            f"1/{1 / attempt['ratio']:.2f}",
+            format_bytes(attempt["bytes"]),
+            "" if predicted is None else f"{predicted:.3g}",
+            f"{attempt['kl']:.3g} +- {attempt['error']:.1g}",
+            "written" if kept else "over" if attempt["kl"] > limit else "larger",
+        )
+    output.print(
+        f"KL wanted: at most {limit:g} nats a token, on {quality['tokens']} held-out tokens of {quality['text']}"
+    )
+    output.print(table)

@@ -15,7 +15,7 @@ from deltaweave.converter import (
     apply,
     compress_bitdelta,
 )
-from deltaweave.converter.calibration import CalibrationData
+from deltaweave.converter.text import CalibrationData
 from deltaweave.formats import Delta, DenseRecord
 from helpers import perturbed, tiny_checkpoint
 from safetensors.torch import load_file, save_file

@@ -6,12 +6,8 @@ import json
 import pytest
 import torch
 from deltaweave.converter import CalibrationError, Checkpoint
-from deltaweave.converter.calibration import (
-    Activations,
-    BlockStream,
-    CalibrationData,
-    default_sequence_length,
-)
+from deltaweave.converter.calibration import Activations, BlockStream
+from deltaweave.converter.text import CalibrationData, default_sequence_length
 from helpers import FAMILIES, tiny_checkpoint
 from transformers import AutoModelForCausalLM
 

@@ -30,6 +30,7 @@ from safetensors.torch import load_file, save_file
 
 # The package exports the function under the module's name.
 compress_module = importlib.import_module("deltaweave.converter.compress")
+layers_module = importlib.import_module("deltaweave.converter.layers")
 QUICK = {"samples": 8, "sequence_length": 32}
 
 
@@ -163,7 +164,7 @@ class Killed(BaseException):
 def test_an_interrupted_run_resumes_to_the_same_bytes(pair, tmp_path, text, monkeypatch, calibrated, stop_after):
     wanted = options(calibration=text if calibrated else "none")
     whole = compress(*pair, tmp_path / "whole.safetensors", wanted)
-    original, calls = compress_module.compress_stage, []
+    original, calls = layers_module.compress_stage, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -171,14 +172,14 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(pair, tmp_path, text, monk
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(compress_module, "compress_stage", interrupted)
+    monkeypatch.setattr(layers_module, "compress_stage", interrupted)
     broken = tmp_path / "broken.safetensors"
     try:
         compress(*pair, broken, wanted)
     except Killed:
         assert not broken.exists()
     done = len(calls)
-    monkeypatch.setattr(compress_module, "compress_stage", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(layers_module, "compress_stage", lambda *a: calls.append(a) or original(*a))
     compress(*pair, broken, wanted, force=True)
     assert digest(broken) == digest(whole)
     assert not (tmp_path / "broken.safetensors.partial").exists()
@@ -191,7 +192,7 @@ def test_a_run_resumes_where_activations_were_saved_last(tmp_path, text, monkeyp
     pair = base, perturbed(base, tmp_path / "tuned")
     wanted = options(calibration=text)
     whole = compress(*pair, tmp_path / "whole.safetensors", wanted)
-    original, calls = compress_module.compress_stage, []
+    original, calls = layers_module.compress_stage, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -200,9 +201,9 @@ def test_a_run_resumes_where_activations_were_saved_last(tmp_path, text, monkeyp
         return original(*arguments)
 
     clock = iter([0.0, 1.0, 20.0, 21.0, 22.0])  # started; layer 0 done; layer 1 done, and saved; layer 2 done
-    monkeypatch.setattr(compress_module, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(compress_module, "SECONDS_BETWEEN_SAVES", {"cpu": 20.0})
-    monkeypatch.setattr(compress_module, "compress_stage", interrupted)
+    monkeypatch.setattr(layers_module, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(layers_module, "SECONDS_BETWEEN_SAVES", {"cpu": 20.0})
+    monkeypatch.setattr(layers_module, "compress_stage", interrupted)
     broken = tmp_path / "broken.safetensors"
     with pytest.raises(Killed):
         compress(*pair, broken, wanted)
@@ -211,9 +212,9 @@ def test_a_run_resumes_where_activations_were_saved_last(tmp_path, text, monkeyp
         "activations-00002.bin",
         "activations-00003.tmp",
     ]
-    monkeypatch.setattr(compress_module, "monotonic", lambda: 0.0)
+    monkeypatch.setattr(layers_module, "monotonic", lambda: 0.0)
     calls.clear()
-    monkeypatch.setattr(compress_module, "compress_stage", lambda *a: calls.append(a) or original(*a))
+    monkeypatch.setattr(layers_module, "compress_stage", lambda *a: calls.append(a) or original(*a))
     compress(*pair, broken, wanted)
     assert len(calls) == 8
     assert digest(broken) == digest(whole)

@@ -10,8 +10,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "demo"))
 from deltaweave.converter import Checkpoint, CompressionOptions, Recipe, compress
-from deltaweave.converter.calibration import Activations, BlockStream, CalibrationData
+from deltaweave.converter.calibration import Activations, BlockStream
 from deltaweave.converter.families import family_of
+from deltaweave.converter.text import CalibrationData
 from deltaweave.formats import Delta
 from pair import PairSettings, Stage, make_pair
 

@@ -7,13 +7,17 @@ import importlib
 import numpy as np
 import pytest
 import torch
-from deltaweave.converter import CompressionOptions, Recipe, compress
+from deltaweave.converter import Checkpoint, CompressionOptions, Recipe, compress
 from deltaweave.converter.calibration import Activations, add_gram
 from deltaweave.converter.quantize import QuantizedRows, pack_octets
+from deltaweave.converter.text import CalibrationData
 from deltaweave.formats import Band, Delta, pack_codes
 from helpers import perturbed, tiny_checkpoint
 
-compress_module = importlib.import_module("deltaweave.converter.compress")
+from deltaweave.evaluation.text import score_text
+from deltaweave.models import load_checkpoint, load_tuned
+
+layers_module = importlib.import_module("deltaweave.converter.layers")
 gpu = pytest.mark.gpu
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 
@@ -120,7 +124,7 @@ class Killed(BaseException):
 def test_an_interrupted_run_on_a_gpu_resumes_to_the_same_bytes(pair, tmp_path, text, monkeypatch, stop_after, seconds):
     wanted = options(text, "cuda")
     whole = compress(*pair, tmp_path / "whole.safetensors", wanted)
-    original, calls = compress_module.compress_stage, []
+    original, calls = layers_module.compress_stage, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -128,9 +132,37 @@ def test_an_interrupted_run_on_a_gpu_resumes_to_the_same_bytes(pair, tmp_path, t
             raise Killed
         return original(*arguments)
 
-    monkeypatch.setattr(compress_module, "SECONDS_BETWEEN_SAVES", {"cuda": seconds})
-    monkeypatch.setattr(compress_module, "compress_stage", interrupted)
+    monkeypatch.setattr(layers_module, "SECONDS_BETWEEN_SAVES", {"cuda": seconds})
+    monkeypatch.setattr(layers_module, "compress_stage", interrupted)
     with pytest.raises(Killed):
         compress(*pair, tmp_path / "broken.safetensors", wanted)
-    monkeypatch.setattr(compress_module, "compress_stage", original)
+    monkeypatch.setattr(layers_module, "compress_stage", original)
     assert digest(compress(*pair, tmp_path / "broken.safetensors", wanted)) == digest(whole)
+
+
+@gpu
+@needs_gpu
+@pytest.mark.parametrize("stop_after", [3, 14])
+def test_a_stopped_search_on_a_gpu_ends_with_the_same_bytes(pair, tmp_path, text, monkeypatch, stop_after):
+    wanted = CompressionOptions(Recipe.preset("optimal", max_kl=0.02), text, 32, 128, device="cuda")
+    whole = compress(*pair, tmp_path / "whole.safetensors", wanted)
+    original, calls = layers_module.compress_stage, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == stop_after:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(layers_module, "compress_stage", interrupted)
+    with pytest.raises(Killed):
+        compress(*pair, tmp_path / "broken.safetensors", wanted)
+    monkeypatch.setattr(layers_module, "compress_stage", original)
+    assert digest(compress(*pair, tmp_path / "broken.safetensors", wanted)) == digest(whole)
+    with Delta.open(whole) as delta:
+        assert delta.verify() == []
+        chosen = delta.header.method["quality"]["chosen"]
+        tokens = CalibrationData.split(text, pair[1], 32, 128, 0)[1].tokens
+        candidate = load_tuned(Checkpoint.open(pair[0]), delta)
+    assert chosen["kl"] == pytest.approx(score_text(load_checkpoint(pair[1]), candidate, tokens).kl, rel=1e-2)
+    assert chosen["kl"] <= 0.02

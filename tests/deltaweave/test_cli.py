@@ -17,6 +17,7 @@ from deltaweave.cli import main
 
 # The packages export functions under these modules' names.
 compress_module = importlib.import_module("deltaweave.converter.compress")
+layers_module = importlib.import_module("deltaweave.converter.layers")
 apply_module = importlib.import_module("deltaweave.converter.apply")
 
 
@@ -129,6 +130,28 @@ def test_dry_run_writes_nothing(made, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_wanted_quality_is_told_try_by_try(made, tmp_path, capsys):
+    words = ("--recipe", "optimal", "--max-kl", "0.05", "--calibration", "none", "--sequence-length", "64")
+    delta = tmp_path / "d.safetensors"
+    assert run("compress", *pair(*made[:2]), "-o", delta, *words, "--dry-run") == 0
+    assert "3 tries assumed; at most 6" in capsys.readouterr().out
+    assert not delta.exists()
+    assert run("compress", *pair(*made[:2]), "-o", delta, *words) == 0
+    said = capsys.readouterr().out
+    assert "KL wanted: at most 0.05 nats a token" in said
+    assert said.count("written") == 1
+    assert run("compress", *pair(*made[:2]), "-o", delta, *words, "--force", "--json") == 0
+    quality = json.loads(capsys.readouterr().out)["method"]["quality"]
+    assert quality["chosen"]["kl"] <= quality["max_kl"] == 0.05
+    assert f"{quality['chosen']['kl']:.3g} +-" in said
+
+
+def test_bytes_on_the_command_line(made, tmp_path, capsys):
+    words = ("--max-bytes", "60kB", "--calibration", "none", "--recipe", "optimal", "--json")
+    assert run("compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *words) == 0
+    assert 50_000 < json.loads(capsys.readouterr().out)["bytes"]["projections"] <= 60_000
+
+
 def test_shrunk_bands_are_told(made, tmp_path, capsys):
     words = ("--bands", "8:8,3:32,2:*", "--ratio", "0.6", "--calibration", "none", "--dry-run")
     assert run("compress", *pair(*made[:2]), "-o", tmp_path / "d.safetensors", *words) == 0
@@ -143,6 +166,15 @@ def test_shrunk_bands_are_told(made, tmp_path, capsys):
         (("--ratio", "much"), "--ratio much: expected a number"),
         (("--ratio", "0"), "ratio: Input should be greater than 0"),
         (("--ratio", "1/100000"), "has a budget of"),
+        (("--ratio", "1/4", "--max-kl", "0.1"), "ratio and max_kl are budgets of one thing"),
+        (("--max-bytes", "lots"), "'lots' is no size"),
+        (("--max-bytes", "9GB"), "max_bytes 9000000000: the projections take"),
+        (("--max-kl", "-1"), "max_kl: Input should be greater than 0"),
+        (("--max-kl", "0.1", "--bands", "16:full"), "leave nothing to it"),
+        (("--held-out", "mine.txt"), "is measured on only where the recipe has a max_kl"),
+        (("--max-kl", "0.1", "--held-out", "gone.txt"), "gone.txt: not readable"),
+        (("--recipe", "bitdelta", "--max-kl", "0.1"), "--max-kl 0.1: bitdelta has one size"),
+        (("--recipe", "bitdelta", "--ratio", "1/4"), "--ratio 1/4: bitdelta has one size"),
         (("--recipe", "quadruple"), "recipe 'quadruple': unknown"),
         (("--recipe", "gone.yaml"), "gone.yaml: not readable"),
         (("--calibration", "gone.txt", "--ratio", "3/4"), "gone.txt: not readable"),
@@ -202,7 +234,7 @@ def test_interruptions_are_one_line(made, tmp_path, capsys, monkeypatch, failure
 
 @pytest.mark.parametrize("at", [1, 3, 8])
 def test_ctrl_c_at_work_leaves_no_output_and_is_resumed(made, tmp_path, capsys, monkeypatch, at):
-    original, calls = compress_module.compress_stage, []
+    original, calls = layers_module.compress_stage, []
 
     def interrupted(*arguments):
         calls.append(arguments)
@@ -210,7 +242,7 @@ def test_ctrl_c_at_work_leaves_no_output_and_is_resumed(made, tmp_path, capsys, 
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(compress_module, "compress_stage", interrupted)
+    monkeypatch.setattr(layers_module, "compress_stage", interrupted)
     out = tmp_path / "d.safetensors"
     words = ("compress", *pair(*made[:2]), "-o", out, *QUICK)
     assert failed(capsys, *words).startswith("error: interrupted; finished layers are kept")

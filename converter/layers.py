@@ -1,0 +1,192 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All projections of a pair in given bands, layer by layer, so that a stopped run goes on where it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from time import monotonic
+
+import torch
+from deltaweave.converter.calibration import Activations, BlockStream
+from deltaweave.converter.decompositions import Decompositions
+from deltaweave.converter.families import Projection
+from deltaweave.converter.overlap import Overlap, hand_over
+from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progress
+from deltaweave.converter.projection import compress_stage
+from deltaweave.converter.recipe import BandPlan
+from deltaweave.converter.svd import Factors, whitened_svd
+from deltaweave.converter.text import CalibrationData
+from deltaweave.converter.workspace import Workspace, layer_part
+from deltaweave.formats import Record
+from torch import nn
+
+__all__ = ["LayerCompression"]
+
+# How often a layer's input is made durable. A layer takes minutes on the CPU and two seconds on a GPU: too few to write
+# 2 GB in, and less than a resumed run is willing to repeat.
+SECONDS_BETWEEN_SAVES = {"cpu": 0.0, "cuda": 20.0}
+
+
+@dataclass(frozen=True)
+class _Difference:
+    """A projection before compression.
+
+    Attributes:
+        base: [out_features, in_features] in its stored dtype.
+        delta: tuned minus base, float32.
+        factors: the part of `delta` that is kept; None where that needs the input's second moment.
+    """
+
+    base: torch.Tensor
+    delta: torch.Tensor
+    factors: Factors | None
+
+
+class LayerCompression:
+    """One pass over the layers of `plan`, whose bands are known; finished layers lie in `workspace`."""
+
+    def __init__(
+        self,
+        plan: CompressionPlan,
+        options: CompressionOptions,
+        workspace: Workspace,
+        decompositions: Decompositions,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.options, self.workspace = plan, options, workspace
+        self.decompositions, self.progress = decompositions, progress
+        self.device = options.torch_device
+
+    def run(self, overlap: Overlap, calibration: CalibrationData | None, stream: BlockStream | None) -> None:
+        """Compresses the layers that are not yet finished; without calibration, rounds to nearest."""
+        if self._finished_layers() < len(self.plan.layers):
+            if calibration and stream:
+                self._layers_with_data(overlap, calibration, stream)
+            else:
+                self._layers_without_data(overlap)
+        overlap.flush()
+
+    def records(self) -> dict[str, Record]:
+        """The projections' records, once `run` is through."""
+        parts = [layer_part(layer) for layer in range(len(self.plan.layers))]
+        return {name: record for part in parts for name, record in self.workspace.load(part).items()}
+
+    def _finished_layers(self) -> int:
+        layers = range(len(self.plan.layers))
+        return next((layer for layer in layers if not self.workspace.has(layer_part(layer))), len(layers))
+
+    def _layers_without_data(self, overlap: Overlap) -> None:
+        layers, first = self.plan.layers, self._finished_layers()
+        differences = self._differences(overlap, first)
+        for layer in range(first, len(layers)):
+            records: dict[str, Record] = {}
+            for step, stage in enumerate(layers[layer]):
+                self.progress("compressing", layer + step / len(layers[layer]), len(layers))
+                records |= self._compress(stage, next(differences))
+            overlap.write(partial(self.workspace.save, layer_part(layer), records))
+
+    def _layers_with_data(self, overlap: Overlap, calibration: CalibrationData, stream: BlockStream) -> None:
+        layers, first = self.plan.layers, self.workspace.saved_activations
+        differences = self._differences(overlap, first)
+        inputs = self._first_inputs(stream, calibration, first)
+        saved = monotonic()
+        for layer in range(first, len(layers)):
+            block = stream.load(layer, without=[projection.weight for stage in layers[layer] for projection in stage])
+            records: dict[str, Record] = {}
+            for step, stage in enumerate(layers[layer]):
+                hessian = self._second_moment(stream, stage, inputs, step)
+                records |= self._compress(stage, next(differences), hessian, block)
+            durable = None
+            if layer + 1 < len(layers):
+                inputs = self._propagate(stream, layer, inputs)
+                if monotonic() - saved >= SECONDS_BETWEEN_SAVES[self.device.type]:
+                    durable, saved = inputs, monotonic()
+            overlap.write(partial(self._commit, layer, records, durable))
+            stream.unload(layer)
+
+    def _first_inputs(self, stream: BlockStream, calibration: CalibrationData, first: int) -> Activations:
+        samples, length = calibration.tokens.shape
+        shape = (samples, length, int(self.plan.tuned.config["hidden_size"]))
+        path = self.workspace.activations(first)
+        if first:
+            return Activations.load(path, shape, stream.dtype, self.device)
+        inputs = Activations.create(path, shape, stream.dtype, self.device)
+        stream.embed(calibration.tokens, inputs)
+        return inputs
+
+    def _commit(self, layer: int, records: dict[str, Record], outputs: Activations | None) -> None:
+        """Saves a layer's records and then, if they are to be the next resumed run's start, its outputs."""
+        self.workspace.save(layer_part(layer), records)
+        if outputs is not None:
+            outputs.save()
+        self.workspace.drop_activations(layer + 1)
+
+    def _second_moment(
+        self, stream: BlockStream, stage: list[Projection], inputs: Activations, step: int
+    ) -> torch.Tensor:
+        layer, steps = stage[0].layer, len(self.plan.layers[0])
+
+        def report(done: int) -> None:
+            # A stage's share of its layer is taken as equal; half of it goes to the data, half to SVD and GPTQ.
+            part = (step + 0.5 * done / inputs.pieces) / (steps + 1)
+            self.progress("compressing", layer + part, len(self.plan.layers))
+
+        return stream.second_moment(layer, stage[0].module, inputs, report)
+
+    def _compress(
+        self,
+        stage: list[Projection],
+        differences: list[_Difference],
+        hessian: torch.Tensor | None = None,
+        block: nn.Module | None = None,
+    ) -> dict[str, Record]:
+        """A stage's records. Gives `block` the weights that will be served: later stages are calibrated behind them."""
+        deltas = [difference.delta for difference in differences]
+        bands = [self.plan.bands[projection.weight] for projection in stage]
+        factors = [
+            _chosen(difference.factors or whitened_svd(difference.delta, _required(hessian), plan.triplets), plan)
+            for difference, plan in zip(differences, bands, strict=True)
+        ]
+        results = compress_stage(deltas, factors, bands, hessian, self.plan.recipe)
+        records: dict[str, Record] = {}
+        for projection, difference, result in zip(stage, differences, results, strict=True):
+            if result.record is not None:
+                records[projection.weight] = result.record
+            if block is not None:
+                module = block.get_submodule(projection.module)
+                served = (difference.base.float() + result.delta).to(next(module.parameters()).dtype)
+                module.weight = nn.Parameter(served, requires_grad=False)
+        return records
+
+    def _differences(self, overlap: Overlap, first: int) -> Iterator[list[_Difference]]:
+        """The differences of every stage from layer `first` on; they need no data, so a GPU makes them ahead."""
+        stages = (stage for layer in self.plan.layers[first:] for stage in layer)
+        return overlap.ahead(lambda stage: [self._difference(projection) for projection in stage], stages)
+
+    def _difference(self, projection: Projection) -> _Difference:
+        base, delta = self.plan.weights(projection, self.device)
+        factors = None
+        if not (self.plan.recipe.whiten and self.options.calibrated):
+            triplets = self.plan.bands[projection.weight].triplets
+            factors = self.decompositions.factors(projection.weight, delta, triplets)
+        hand_over(base, delta, *((factors.u, factors.sigma, factors.v) if factors else ()))
+        return _Difference(base, delta, factors)
+
+    def _propagate(self, stream: BlockStream, layer: int, inputs: Activations) -> Activations:
+        outputs = inputs.successor(self.workspace.activations(layer + 1))
+        steps = len(self.plan.layers[0])
+        for done, (rows, hidden) in enumerate(inputs.chunks()):
+            self.progress("compressing", layer + (steps + done / inputs.pieces) / (steps + 1), len(self.plan.layers))
+            outputs.write(rows, stream.forward(layer, hidden))
+        return outputs
+
+
+def _chosen(factors: Factors, plan: BandPlan) -> Factors:
+    return factors if plan.order is None else factors.select(plan.order)
+
+
+def _required(hessian: torch.Tensor | None) -> torch.Tensor:
+    assert hessian is not None  # `_difference` leaves the decomposition to later only if there is data
+    return hessian

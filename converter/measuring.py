@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every singular vector of a pair is worth at every bit width, measured once before bits are chosen."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from deltaweave.converter.allocation import RELIEF, DistortionTable, distortion_table
+from deltaweave.converter.calibration import Activations, BlockStream
+from deltaweave.converter.decompositions import Decompositions
+from deltaweave.converter.errors import OutputError
+from deltaweave.converter.families import Projection
+from deltaweave.converter.overlap import Overlap, hand_over
+from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progress
+from deltaweave.converter.sensitivity import MEASURED_TOKENS, LayerSensitivity, layer_sensitivities
+from deltaweave.converter.svd import Factors, whitened_svd
+from deltaweave.converter.text import CalibrationData
+from deltaweave.converter.workspace import Workspace
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+__all__ = ["Measurement"]
+
+TABLES_FILE = "tables.safetensors"
+
+
+class Measurement:
+    """The tables of one pair, kept in its workspace."""
+
+    def __init__(
+        self,
+        plan: CompressionPlan,
+        options: CompressionOptions,
+        workspace: Workspace,
+        decompositions: Decompositions,
+        progress: Progress,
+    ) -> None:
+        self.plan, self.options, self.workspace = plan, options, workspace
+        self.decompositions, self.progress = decompositions, progress
+        self.device = options.torch_device
+
+    def tables(
+        self, overlap: Overlap, calibration: CalibrationData | None, stream: BlockStream | None
+    ) -> Mapping[str, DistortionTable]:
+        """Every projection's table, in the measure of the recipe's sensitivity.
+
+        Args:
+            overlap: decomposes the next projections beside the work.
+            calibration: the text that inputs and outputs are weighed on; None weighs all alike.
+            stream: the fine-tune, as `calibration`.
+        """
+        file = self.workspace.folder / TABLES_FILE
+        if not file.is_file():
+            if calibration is None or stream is None or self.options.recipe.sensitivity == "weight":
+                tables = dict(self._unweighted(overlap))
+            else:
+                tables = dict(self._weighted(overlap, calibration, stream))
+            _save(file, tables)
+        return _load(file)  # also when just measured: a resumed run has no other
+
+    def _unweighted(self, overlap: Overlap) -> Iterator[tuple[str, DistortionTable]]:
+        layers = range(len(self.plan.layers))
+        decompositions = self._decompositions(overlap, layers)
+        for layer in layers:
+            self.progress("measuring", layer, len(layers))
+            yield from self._layer_tables(layer, None, decompositions)
+
+    def _weighted(
+        self, overlap: Overlap, calibration: CalibrationData, stream: BlockStream
+    ) -> Iterator[tuple[str, DistortionTable]]:
+        layers, length = self.plan.layers, calibration.tokens.shape[1]
+        tokens = calibration.tokens[: -(-MEASURED_TOKENS // length)]
+        shape = (len(tokens), length, int(self.plan.tuned.config["hidden_size"]))
+        paths = [self.workspace.measured(layer) for layer in range(len(layers) + 1)]
+        backwards = reversed(range(len(layers)))
+        decompositions = self._decompositions(overlap, backwards, whiten=self.options.recipe.whiten)
+        try:
+            activations = [Activations.create(path, shape, stream.dtype, self.device) for path in paths]
+            stream.embed(tokens, activations[0])
+            measured = layer_sensitivities(
+                stream,
+                layers,
+                activations,
+                tokens.numel(),
+                self.options.seed,
+                lambda done: self.progress("measuring", done * len(layers), len(layers)),
+            )
+            for layer, moments in measured:
+                yield from self._layer_tables(layer, moments, decompositions)
+        finally:
+            self.workspace.drop_measured()
+
+    def _decompositions(
+        self, overlap: Overlap, layers: Iterable[int], *, whiten: bool = False
+    ) -> Iterator[Factors | torch.Tensor]:
+        """Every projection's triplets, layers in the order of `layers`; a GPU makes them ahead.
+
+        To be whitened, they need the input's moment: then it is the deltas that are made.
+        """
+
+        def decompose(projection: Projection) -> Factors | torch.Tensor:
+            _, delta = self.plan.weights(projection, self.device)
+            if whiten:
+                hand_over(delta)
+                return delta
+            factors = self.decompositions.factors(projection.weight, delta, min(projection.shape))
+            hand_over(factors.u, factors.sigma, factors.v)
+            return factors
+
+        return overlap.ahead(decompose, (p for layer in layers for stage in self.plan.layers[layer] for p in stage))
+
+    def _layer_tables(
+        self, layer: int, moments: LayerSensitivity | None, decompositions: Iterator[Factors | torch.Tensor]
+    ) -> Iterator[tuple[str, DistortionTable]]:
+        recipe = self.options.recipe
+        for projection in (projection for stage in self.plan.layers[layer] for projection in stage):
+            name, (out_features, in_features) = projection.weight, projection.shape
+            inputs = moments.inputs[name] if moments else torch.eye(in_features, device=self.device)
+            outputs = torch.eye(out_features, device=self.device)
+            if moments and recipe.sensitivity in ("balanced", "fisher"):
+                outputs = moments.outputs[name]
+            found = next(decompositions)
+            factors = found if isinstance(found, Factors) else whitened_svd(found, inputs, min(projection.shape))
+            relief = RELIEF if self.options.calibrated else 1.0
+            power = 0.5 if recipe.sensitivity == "balanced" else 1.0
+            table = distortion_table(
+                factors, inputs, outputs, recipe.widths, recipe.group_size, recipe.grid, relief, power
+            )
+            yield name, table
+
+
+def _save(file: Path, tables: Mapping[str, DistortionTable]) -> None:
+    """Writes tables durably, each as its shape and step, order and distortion."""
+    tensors = {}
+    for name, table in tables.items():
+        tensors[f"{name}.extents"] = torch.tensor([*table.shape, table.step])
+        tensors[f"{name}.order"] = table.order.contiguous()
+        tensors[f"{name}.distortion"] = table.distortion.contiguous()
+    temporary = file.with_suffix(".tmp")
+    try:
+        save_file(tensors, temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(file)
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{file}: cannot be written ({error})") from error
+
+
+def _load(file: Path) -> dict[str, DistortionTable]:
+    tensors, tables = load_file(file), {}
+    for key in sorted(key for key in tensors if key.endswith(".extents")):
+        name = key.removesuffix(".extents")
+        out_features, in_features, step = tensors[key].tolist()
+        tables[name] = DistortionTable(
+            (out_features, in_features), tensors[f"{name}.order"], tensors[f"{name}.distortion"], step
+        )
+    return tables
