@@ -35,14 +35,22 @@ class Activations:
     A mapped file costs page cache, not memory.
     """
 
-    def __init__(self, path: Path, device: torch.device, tensor: torch.Tensor) -> None:
+    def __init__(self, path: Path, device: torch.device, tensor: torch.Tensor, chunk_tokens: int | None = None) -> None:
         """Of `create` and `load`."""
         self.path, self.device = path, device
+        self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[device.type]
         self.shape: tuple[int, int, int] = (tensor.shape[0], tensor.shape[1], tensor.shape[2])
         self._tensor = tensor
 
     @classmethod
-    def create(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Activations:
+    def create(
+        cls,
+        path: Path,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        chunk_tokens: int | None = None,
+    ) -> Activations:
         """Room for activations.
 
         Args:
@@ -50,13 +58,14 @@ class Activations:
             shape: [samples, sequence_length, hidden_size].
             dtype: as computed.
             device: where `chunks` gives them.
+            chunk_tokens: about how many tokens a chunk has; None takes what a forward has room for.
 
         Raises:
             OutputError: no room on the disk for a mapped file.
         """
         if _fits(shape, dtype, device):
-            return cls(path, device, torch.empty(shape, dtype=dtype, device=device))
-        return cls(path, device, _claimed(_working(path), shape, dtype))
+            return cls(path, device, torch.empty(shape, dtype=dtype, device=device), chunk_tokens)
+        return cls(path, device, _claimed(_working(path), shape, dtype), chunk_tokens)
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Activations:
@@ -107,7 +116,7 @@ class Activations:
 
     @property
     def _step(self) -> int:
-        return max(1, CHUNK_TOKENS[self.device.type] // self.shape[1])
+        return max(1, self.chunk_tokens // self.shape[1])
 
 
 class _Recorder(nn.Module):

@@ -25,6 +25,8 @@ from safetensors.torch import load_file, save_file
 __all__ = ["Measurement"]
 
 TABLES_FILE = "tables.safetensors"
+# Tokens per backward, which holds everything that a block computes.
+CHUNK_TOKENS = 2048
 
 
 class Measurement:
@@ -78,7 +80,7 @@ class Measurement:
         backwards = reversed(range(len(layers)))
         decompositions = self._decompositions(overlap, backwards, whiten=self.options.recipe.whiten)
         try:
-            activations = [Activations.create(path, shape, stream.dtype, self.device) for path in paths]
+            activations = [Activations.create(path, shape, stream.dtype, self.device, CHUNK_TOKENS) for path in paths]
             stream.embed(tokens, activations[0])
             measured = layer_sensitivities(
                 stream,
@@ -92,6 +94,9 @@ class Measurement:
                 yield from self._layer_tables(layer, moments, decompositions)
         finally:
             self.workspace.drop_measured()
+            if self.device.type == "cuda":  # what is to come asks for other sizes
+                activations = []
+                torch.cuda.empty_cache()
 
     def _decompositions(
         self, overlap: Overlap, layers: Iterable[int], *, whiten: bool = False
