@@ -6,8 +6,8 @@ import math
 
 import pytest
 import torch
-from deltaweave.converter import RecipeError
-from deltaweave.converter.allocation import DistortionTable, allocate, distortion_table
+from deltaweave.converter import RecipeError, allocation
+from deltaweave.converter.allocation import DistortionTable, allocate, distortion_table, trade_curve
 from deltaweave.converter.quantize import round_to_nearest
 from deltaweave.converter.svd import truncated_svd
 from deltaweave.formats import Band, factored_bytes
@@ -148,3 +148,67 @@ def test_a_budget_too_small_for_anything_is_refused():
 def test_a_budget_larger_than_everything_takes_everything():
     found = allocate(small_tables(), WIDTHS, 16, math.inf)
     assert found.distortion == pytest.approx(1.2 * 0.6)
+
+
+def awkward_tables(seed, widths):
+    """Distortions that rise with the width here and there, equal ones, a table of one short block."""
+    generator = torch.Generator().manual_seed(seed)
+    tables = {}
+    for name, shape, step, vectors in (("a", (48, 64), 1, 48), ("b", (1024, 2048), 16, 320), ("c", (32, 48), 16, 11)):
+        blocks = -(-vectors // step)
+        left_out = torch.rand(blocks, generator=generator).double() ** 3
+        rows = [left_out, *(left_out * torch.rand(blocks, generator=generator).double() for _ in widths)]
+        distortion = torch.stack(rows)
+        distortion[:, ::5] = distortion[0, ::5]  # nothing gained at any width
+        tables[name] = DistortionTable(shape, torch.randperm(vectors, generator=generator), distortion, step)
+    return tables
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("widths", [(2, 3, 4, 8), (8, 1, 4), (3,)])
+def test_every_price_buys_each_block_its_best_width(seed, widths):
+    """Against the definition: the least of distortion plus price times bytes, block by block."""
+    tables = awkward_tables(seed, widths)
+    curve = trade_curve(tables, widths, 16)
+    assert curve[0][0] == 0
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(curve))
+    for budget in (20_000, 60_000, 200_000, math.inf):
+        found = allocate(tables, widths, 16, budget)
+        total = lost = 0
+        for name, table in tables.items():
+            plan = found.bands[name]
+            bits = dict.fromkeys(range(len(table.order)), 0)
+            ranks = iter(plan.order)
+            for band in plan.bands:
+                for _ in range(band.rank):
+                    bits[next(ranks)] = band.bits
+            assert next(ranks, None) is None
+            for block in range(table.distortion.shape[1]):
+                members = table.order[block * table.step : (block + 1) * table.step].tolist()
+                (width,) = {bits[vector] for vector in members}
+                lost += float(table.distortion[widths.index(width) + 1 if width else 0, block])
+            total += factored_bytes(table.shape, plan.bands, 16).total if plan.bands else 0
+        assert total == found.total_bytes <= budget
+        assert lost == pytest.approx(found.distortion)
+        assert lost <= min((d for b, d in curve if b <= budget), default=math.inf) + 1e-9
+    everything = allocate(tables, widths, 16, math.inf)
+    assert everything.distortion == pytest.approx(sum(float(t.distortion.amin(0).sum()) for t in tables.values()))
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_sorted_prices_give_what_trying_every_width_gives(seed):
+    widths = (2, 3, 4, 8)
+    tables = awkward_tables(seed, widths)
+    market = allocation._Market(tables, widths, 16)
+    for price in [0.0, *torch.logspace(-9, 1, 60).tolist()]:
+        total = lost = 0
+        for table in tables.values():
+            costs = [0.0, *(table.step * allocation._bytes(table.shape, width, 16) for width in widths)]
+            choices = (table.distortion + price * torch.tensor(costs).double()[:, None]).argmin(0)
+            lost += float(table.distortion.gather(0, choices[None]).sum())
+            bits = torch.tensor([0, *widths])[choices].repeat_interleave(table.step)[: len(table.order)]
+            bands = [Band(width, rank) for width in (8, 4, 3, 2) if (rank := int((bits == width).sum()))]
+            total += factored_bytes(table.shape, bands, 16).total if bands else 0
+        found = market.at(price)
+        assert found.total_bytes == total
+        assert found.distortion == pytest.approx(lost)
