@@ -240,7 +240,8 @@ class _Offers:
 
     def _chosen(self, choice: int, price: float) -> NDArray[np.bool_]:
         """[blocks]: whose best choice this is."""
-        return (self.low[choice] <= price) & (price < self.high[choice])
+        chosen: NDArray[np.bool_] = (self.low[choice] <= price) & (price < self.high[choice])
+        return chosen
 
 
 def _falling(
