@@ -110,7 +110,7 @@ def test_errors_are_those_of_the_cpu(pair, tmp_path, text):
         assert there.verify() == []
         for name in (name for name in here.names if name.endswith("_proj.weight")):
             for error, value in here.record(name).quality.items():
-                assert there.record(name).quality[error] == pytest.approx(value, rel=0.03), (name, error)
+                assert there.record(name).quality[error] == pytest.approx(value, rel=0.05), (name, error)
 
 
 class Killed(BaseException):
