@@ -31,6 +31,7 @@ A {method} delta of **{tuned}** over **{base}**, made by {tool}. Base + delta is
 | its projections | {projection_bytes:,} bytes, {projection_ratio} of their 16-bit bytes |
 | calibration | {calibration} |
 | recipe | {recipe} |
+| quality | {quality} |
 
 ## How it was made
 
@@ -81,6 +82,7 @@ def write_card(path: Path, command: str | None) -> None:
             projection_ratio=ratio_text(count.projections, count.tuned_projections),
             calibration=_calibration_text(header.calibration),
             recipe=_recipe_text(header.method.get("recipe", {})),
+            quality=_quality_text(header.method.get("quality")),
             command=command or "deltaweave.compress(...) from Python",
         )
     write_atomically(card_path(path), lambda write: write_pieces(write, [text.encode()], []))
@@ -93,6 +95,16 @@ def ratio_text(part: int, whole: int) -> str:
 
 def _recipe_text(recipe: Mapping[str, Any]) -> str:
     return ", ".join(f"{key} {value}" for key, value in recipe.items() if value not in ({}, None))
+
+
+def _quality_text(quality: Mapping[str, Any] | None) -> str:
+    if quality is None:
+        return "not measured when it was made (`deltaweave compare` does)"
+    chosen = quality["chosen"]
+    return (
+        f"KL to the fine-tune {chosen['kl']:.3g} +- {chosen['error']:.1g} nats a token, at most {quality['max_kl']:g} "
+        f"wanted, on {quality['tokens']} held-out tokens of {quality['text']}"
+    )
 
 
 def _calibration_text(calibration: Mapping[str, Any] | None) -> str:

@@ -3,13 +3,15 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 
 import torch
 from deltaweave.converter.calibration import CHUNK_TOKENS, compute_dtype
-from deltaweave.converter.checkpoint import EMBEDDING
+from deltaweave.converter.checkpoint import EMBEDDING, HEAD
 from deltaweave.converter.families import Projection
+from deltaweave.converter.fidelity import LOGITS
 from deltaweave.converter.plan import CompressionOptions, CompressionPlan
 from deltaweave.converter.policies import other_bytes
 from deltaweave.converter.sensitivity import MEASURED_TOKENS
@@ -194,7 +196,16 @@ def _memory(plan: CompressionPlan, options: CompressionOptions) -> int:
         chunk = max(CHUNK_TOKENS[options.torch_device.type], options.sequence_length or 0)
         widest = max(max(p.shape) for stage in layer for p in stage)
         forward = chunk * widest * (4 * dtype.itemsize + 8)
-    return IDLE_BYTES + block * (2 if converted else 1) + max(peak, forward) + _beside(plan, options)
+    compressing = block * (2 if converted else 1) + max(peak, forward) + _beside(plan, options)
+    return IDLE_BYTES + max(compressing, _fidelity_bytes(plan))
+
+
+def _fidelity_bytes(plan: CompressionPlan) -> int:
+    """Of measuring KL: a block in float32, or two heads and a few tables of logits."""
+    if plan.recipe.max_kl is None:
+        return 0
+    head = 4 * math.prod(plan.tuned.shape(plan.tuned.resolve(HEAD) or HEAD))
+    return max(4 * sum(p.shape[0] * p.shape[1] for stage in plan.layers[0] for p in stage), 2 * head + 4 * 8 * LOGITS)
 
 
 def _beside(plan: CompressionPlan, options: CompressionOptions) -> int:

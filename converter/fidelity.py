@@ -22,7 +22,7 @@ from deltaweave.converter.workspace import Workspace
 from deltaweave.formats import FactoredRecord, Record, apply_record
 from torch import nn
 
-__all__ = ["Divergence", "Fidelity"]
+__all__ = ["LOGITS", "Divergence", "Fidelity"]
 
 # Logits held at a time: 2^24 float64 numbers are 128 MiB, of which a few are alive at once.
 LOGITS = 1 << 24

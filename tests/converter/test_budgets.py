@@ -89,6 +89,7 @@ def test_the_smallest_file_within_a_measured_kl(pair, text, tmp_path, recipe, li
         assert chosen["bytes"] == delta.byte_count().projections
         assert method["recipe"]["max_kl"] == limit
         assert method["recipe"]["ratio"] == chosen["ratio"]
+    assert f"KL to the fine-tune {chosen['kl']:.3g} +-" in path.with_suffix(".md").read_text()
     elsewhere = measured_elsewhere(pair, path, held_out_tokens(pair, text))
     assert chosen["kl"] == pytest.approx(elsewhere, rel=1e-3)
     assert 0.6 * limit < elsewhere <= limit
