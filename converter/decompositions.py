@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from deltaweave.converter.errors import OutputError
-from deltaweave.converter.svd import Factors, factors_of, short_vectors, truncated_svd
+from deltaweave.converter.svd import Factors, factors_of, short_vectors
 
 __all__ = ["Decompositions"]
 
@@ -41,7 +41,7 @@ class Decompositions:
             rank: triplets wanted.
         """
         if self.folder is None:
-            return truncated_svd(delta, rank)
+            return factors_of(delta, short_vectors(delta, rank))
         path = self.folder / f"vectors-{name}.bin"
         kept = _load(path, min(delta.shape), rank)
         if kept is not None:

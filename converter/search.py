@@ -128,28 +128,33 @@ def search(
         RecipeError: no file of any size reaches the limit, or none was found in `ROUNDS`.
     """
     attempts = list(attempts)
-    while True:
-        passed = best_of(limit, attempts)
-        missed = [a for a in attempts if a.kl > limit and (passed is None or a.ratio < passed.ratio)]
-        below = max((a.ratio for a in missed), default=0.0)
-        if passed and (passed.kl >= CLOSE * limit or passed.ratio <= below * NARROW or len(attempts) >= ROUNDS):
-            return passed
-        _require_hope(limit, curve, attempts)
-        if first is not None and not attempts:
-            ratio = first
-        else:
-            ratio = curve.ratio(limit * AIM ** (1 if passed else 1 + len(missed)), attempts)
-        least, most = curve.ratios
-        if len(attempts) == ROUNDS - 1 and passed is None:
-            ratio = most
-        ratio = max(ratio, below * math.sqrt(NARROW), least)
-        if passed:
-            ratio = min(ratio, passed.ratio / math.sqrt(NARROW))
-            if ratio < least or ratio <= below:
-                return passed
-        ratio = min(ratio, most)
-        expected = curve.kl(ratio, attempts) if first is None or attempts else None
+    while (ratio := _next_ratio(limit, curve, first, attempts)) is not None:
+        expected = None if first is not None and not attempts else curve.kl(ratio, attempts)
         attempts.append(compress(ratio, expected, len(attempts)))
+    found = best_of(limit, attempts)
+    assert found is not None  # else `_next_ratio` raises
+    return found
+
+
+def _next_ratio(limit: float, curve: Curve, first: float | None, attempts: Sequence[Attempt]) -> float | None:
+    """What to try next, None if the best so far will do."""
+    passed = best_of(limit, attempts)
+    missed = [a.ratio for a in attempts if a.kl > limit and (passed is None or a.ratio < passed.ratio)]
+    below = max(missed, default=0.0)
+    if passed and (passed.kl >= CLOSE * limit or passed.ratio <= below * NARROW or len(attempts) >= ROUNDS):
+        return None
+    _require_hope(limit, curve, attempts)
+    least, most = curve.ratios
+    if not attempts and first is not None:
+        return first
+    if passed is None and len(attempts) == ROUNDS - 1:
+        return most
+    step = math.sqrt(NARROW)
+    ratio = max(curve.ratio(limit * AIM ** (1 if passed else 1 + len(missed)), attempts), least, below * step)
+    if passed is None:
+        return min(ratio, most)
+    ratio = min(ratio, passed.ratio / step)
+    return ratio if ratio >= least and ratio > below else None
 
 
 def _require_hope(limit: float, curve: Curve, attempts: Sequence[Attempt]) -> None:

@@ -33,7 +33,7 @@ from deltaweave.converter import (
     tuned_names,
     tuned_tensor,
 )
-from deltaweave.converter.svd import Factors, truncated_svd
+from deltaweave.converter.svd import short_vectors
 from deltaweave.formats import Delta, DenseRecord, FactoredRecord, record_bytes
 from finetune import encode, replies, score_answers
 from problems import SKILLS, Item
@@ -139,28 +139,27 @@ class Laboratory:
 
 
 class Decompositions:
-    """Every projection's singular triplets, kept between the compressions of one fine-tune."""
+    """Every projection's singular vectors, kept between the compressions of one fine-tune."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], Factors] = {}
+        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @contextmanager
     def shared(self) -> Iterator[None]:
-        """Inside, the converter's `truncated_svd` looks here first."""
+        """Inside, the converter's `short_vectors` looks here first."""
         converter: Any = importlib.import_module("deltaweave.converter.decompositions")
-        before = converter.truncated_svd
-        converter.truncated_svd = self._truncated_svd
+        before = converter.short_vectors
+        converter.short_vectors = self._short_vectors
         try:
             yield
         finally:
-            converter.truncated_svd = before
+            converter.short_vectors = before
 
-    def _truncated_svd(self, delta: torch.Tensor, rank: int) -> Factors:
+    def _short_vectors(self, delta: torch.Tensor, rank: int) -> torch.Tensor:
         key = (*delta.shape, delta.double().sum().item(), delta.double().square().sum().item())
         if key not in self._kept:
-            self._kept[key] = truncated_svd(delta, min(delta.shape))
-        whole = self._kept[key]
-        return whole if rank >= whole.rank else whole.select(range(rank))
+            self._kept[key] = short_vectors(delta, min(delta.shape))
+        return self._kept[key][:rank]
 
 
 class FineTune:
