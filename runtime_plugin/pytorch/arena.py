@@ -27,7 +27,7 @@ from deltaweave.runtime_plugin.records import ServedRecord
 from deltaweave.runtime_plugin.tables import EMBEDDING
 from torch import nn
 
-__all__ = ["Arena", "ArenaError", "FusionWork", "SlotSettings"]
+__all__ = ["Arena", "ArenaError", "FusionWork", "OpenStep", "SlotSettings"]
 
 ALIGNMENT = 256
 # Eight LoRAs of rank 64 fit, however small the model is.
@@ -58,6 +58,21 @@ class _Entry:
     def parts(self) -> list[_Entry]:
         """Everything that needs a slot for it to be served."""
         return [self, *self.experts.values()]
+
+
+@dataclass(frozen=True)
+class OpenStep:
+    """A step that has begun.
+
+    Attributes:
+        number: in the bookkeeping.
+        slots: of the tenants, as they were named.
+        used: all slots that it needs, those of fusions' experts too.
+    """
+
+    number: int
+    slots: list[int]
+    used: set[int]
 
 
 @dataclass(frozen=True)
@@ -114,6 +129,8 @@ class Arena:
         directory: int64 [parameters, slots, fields], where they lie.
         settings: what tenants change beside parameters.
         max_rank: the largest rank of a record.
+        uploads: how often a tenant, or an expert of a fusion, was brought to the device.
+        evictions: how often one was taken off it.
     """
 
     def __init__(
@@ -122,6 +139,7 @@ class Arena:
         """Takes the device memory; see `for_model`."""
         self.table = table
         self.max_rank = max_rank
+        self.uploads = self.evictions = 0
         self.buffer = _aligned_bytes(capacity_bytes, device)
         self.directory = torch.zeros(len(table), slots, DIRECTORY_FIELDS, dtype=torch.int64, device=device)
         self.settings = SlotSettings.of(table, slots, device)
@@ -286,6 +304,14 @@ class Arena:
     @contextmanager
     def step(self, names: Sequence[str | None]) -> Iterator[list[int]]:
         """A step with some tenants: gives their slots, whose bytes stay until the device is done with the step."""
+        step = self.begin_step(names)
+        try:
+            yield step.slots
+        finally:
+            self.end_step(step)
+
+    def begin_step(self, names: Sequence[str | None]) -> OpenStep:
+        """Brings tenants to the device and keeps them there until `end_step`; see `step`."""
         self._collect()
         slots = self.resident(names)
         entries = [self._entry(name) for name in set(names) if name is not None]
@@ -293,15 +319,16 @@ class Arena:
         number = self._book.begin_step(used)
         for slot in used:  # whoever is added meanwhile must not take the place of a tenant whose kernels are to come
             self._book.pin(slot)
-        try:
-            yield slots
-        finally:
-            for slot in used:
-                self._book.unpin(slot)
-            if self.buffer.is_cuda:
-                self._open_steps.append((number, torch.cuda.current_stream(self.buffer.device).record_event()))
-            else:
-                self._book.end_step(number)
+        return OpenStep(number, slots, used)
+
+    def end_step(self, step: OpenStep) -> None:
+        """The step's last kernel is in the current stream; its tenants stay until the device is done with that."""
+        for slot in step.used:
+            self._book.unpin(slot)
+        if self.buffer.is_cuda:
+            self._open_steps.append((step.number, torch.cuda.current_stream(self.buffer.device).record_event()))
+        else:
+            self._book.end_step(step.number)
 
     def expert_slots(self, names: Sequence[str | None], place: int) -> list[int]:
         """Slots of the deltas that are the experts at a place of some resident tenants' gates; -1 for none."""
@@ -410,6 +437,7 @@ class Arena:
             self._book.evict(slot)
             raise
         entry.slot = slot
+        self.uploads += 1
         return slot
 
     def _make_room(self, name: str, full: ArenaFullError) -> None:
@@ -433,6 +461,7 @@ class Arena:
         self._book.evict(entry.slot)
         self.directory[:, entry.slot] = 0
         entry.slot = entry.ready = None
+        self.evictions += 1
 
     def _publish(self, entry: _Entry) -> None:
         """Writes a new resident's directory rows behind its upload, in the current stream's order."""

@@ -74,7 +74,7 @@ def attach(model: nn.Module, source: Delta | Fusion | Arena, *, accept_base: boo
 def _attach_delta(model: nn.Module, delta: Delta, accept_base: bool) -> Attachment:
     swaps = [*_setting_swaps(model, delta), *_record_swaps(model, delta), *_untied_swaps(model, delta)]
     if not accept_base:
-        require_base(model, delta.header.base)
+        require_base(model.state_dict().get, delta.header.base)
     return Attachment(swaps)
 
 

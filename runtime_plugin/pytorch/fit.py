@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +34,19 @@ def rotary_embedding(base: nn.Module, tuned: PretrainedConfig) -> nn.Module:
     return rotary.to(next(base.buffers()).device)
 
 
-def require_base(model: nn.Module, base: BaseIdentity) -> None:
+def require_base(find: Callable[[str], torch.Tensor | None], base: BaseIdentity) -> None:
     """Compares the smallest tensors with the base's digests; a lossless cast passes.
+
+    Args:
+        find: a tensor of the model by its name, if there is one.
+        base: that a delta was made from.
 
     Raises:
         AttachError: a tensor of other values, or none that can be compared.
     """
-    state, left, compared = model.state_dict(), CHECKED_BYTES, 0
+    left, compared = CHECKED_BYTES, 0
     for name, entry in sorted(base.tensors.items(), key=lambda item: (torch.Size(item[1].shape).numel(), item[0])):
-        tensor = state.get(name)
+        tensor = find(name)
         if tensor is None or entry.dtype not in DTYPES or tuple(tensor.shape) != entry.shape:
             continue
         stored = tensor.to(DTYPES[entry.dtype]).contiguous().cpu()

@@ -135,7 +135,7 @@ def attach_fusion(model: nn.Module, fusion: Fusion, *, accept_base: bool = False
     experts = _Experts.of(fusion)
     swaps = [_swap(model, name, experts, gates.of(fusion, name)) for name in experts.modules]
     if not accept_base:
-        require_base(model, fusion.base)
+        require_base(model.state_dict().get, fusion.base)
     handles = [block.register_forward_pre_hook(gate, with_kwargs=True) for block, gate in gates.hooks()]
     return Attachment(swaps, handles)
 

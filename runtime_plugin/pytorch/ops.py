@@ -36,7 +36,7 @@ SCHEMAS = {
     "int max_rank, int in_offset=0, int[]? out_offsets=None, Tensor? weights=None) -> ()",
     "gate": "(Tensor arena, Tensor directory, Tensor slots, Tensor x, int parameter, Tensor(a!) weights) -> ()",
     "gated_lora": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, Tensor weights, "
-    "int[] parameters, int max_rank) -> ()",
+    "int[] parameters, int max_rank, int in_offset=0, int[]? out_offsets=None) -> ()",
     "dense_gemm": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!) y, int parameter, "
     "int max_rank) -> ()",
     "rms_norm": "(Tensor arena, Tensor directory, Tensor slots, Tensor x, Tensor weight, float epsilon, "
@@ -106,13 +106,16 @@ def _gated_lora(
     weights: torch.Tensor,
     parameters: Sequence[int],
     max_rank: int,
+    in_offset: int = 0,
+    out_offsets: Sequence[int] | None = None,
 ) -> None:
     _require_arena(arena, directory, parameters)
     _require("plan", plan, torch.int32, 1, arena.device)
     _require_tokens("x", x, arena.device)
     _require_slices(ys, parameters, x)
     _require_expert_weights(weights, x)
-    _backend(arena).gated_lora(arena, directory, plan, x, ys, weights, parameters, max_rank)
+    offsets = [0] * len(ys) if out_offsets is None else out_offsets
+    _backend(arena).gated_lora(arena, directory, plan, x, ys, weights, parameters, max_rank, in_offset, offsets)
 
 
 def _dense_gemm(

@@ -69,6 +69,8 @@ class Reference:
         weights: Tensor,
         parameters: Sequence[int],
         max_rank: int,
+        in_offset: int,
+        out_offsets: Sequence[int],
     ) -> None:
         """Adds the weighed terms of LORA records."""
         for y, parameter in zip(ys, parameters, strict=True):

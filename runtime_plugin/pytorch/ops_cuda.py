@@ -80,10 +80,12 @@ class Kernels:
         weights: Tensor,
         parameters: Sequence[int],
         max_rank: int,
+        in_offset: int,
+        out_offsets: Sequence[int],
     ) -> None:
         """Both stages of all experts, fused over the slices."""
         if len(x):
-            gemm, workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, 0, [0] * len(ys))
+            gemm, workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
             _weigh(gemm, weights)
             native_library().gated_lora(gemm, _stream(workspace))
 

@@ -67,7 +67,7 @@ class ParameterTable(Table):
     def require_base(self, base: BaseIdentity) -> None:
         """Checks the model's values against a delta's base, once for all deltas of the same base."""
         if base.root not in self._checked:
-            require_base(self.model, base)
+            require_base(self.model.state_dict().get, base)
             self._checked.add(base.root)
 
     def same(self, alias: str, owner: str) -> bool:
@@ -78,6 +78,10 @@ class ParameterTable(Table):
         """A parameter's values."""
         values: NDArray[np.float32] = self.model.get_parameter(name).detach().float().cpu().numpy()
         return values
+
+    def local(self, records: Iterable[ServedRecord]) -> Iterable[ServedRecord]:
+        """What this process serves of a tenant's records: all of them, unless ranks share the model."""
+        return records
 
     def _list(self, name: str, module: nn.Module) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
@@ -159,7 +163,7 @@ def load_tenant(table: ParameterTable, delta: Delta, name: str, *, accept_base: 
     return Tenant(
         name=name,
         path=delta.path,
-        records=tuple(served_records(table, delta, table)),
+        records=tuple(table.local(served_records(table, delta, table))),
         vocabulary=int(tuned.vocab_size),
         inverse_frequencies=rotary.inv_freq.float().cpu(),
         rotary_scale=float(rotary.attention_scaling),
@@ -189,7 +193,7 @@ def load_fusion(table: ParameterTable, fusion: Fusion, name: str, path: Path, *,
         return Tenant(
             name=own,
             path=path,
-            records=tuple(records),
+            records=tuple(table.local(records)),
             vocabulary=table[EMBEDDING].shape[0],
             inverse_frequencies=table.rotary.inv_freq.float().cpu(),
             rotary_scale=float(table.rotary.attention_scaling),

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's model runner has instead of its LoRA manager: adapters are tenants of an arena."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from deltaweave.formats import DeltaweaveError
+from deltaweave.runtime_plugin.pytorch import Arena
+from deltaweave.runtime_plugin.pytorch.arena import FUSION_RANK
+from deltaweave.runtime_plugin.vllm.layers import serve
+from deltaweave.runtime_plugin.vllm.metrics import counts_file
+from deltaweave.runtime_plugin.vllm.options import OptionError, Options, arena_bytes
+from deltaweave.runtime_plugin.vllm.step import Step
+from deltaweave.runtime_plugin.vllm.table import BaseFiles, RankTable
+from deltaweave.runtime_plugin.vllm.tenants import Adapter, Tenants
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
+from vllm.exceptions import LoRAAdapterNotFoundError
+from vllm.logger import init_logger
+
+__all__ = ["TenantManager"]
+
+# vLLM gives handlers to loggers of its own name alone.
+logger = init_logger("vllm.deltaweave")
+FAMILIES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class TenantManager:
+    """One worker's tenants, under the names by which vLLM's model runner calls them."""
+
+    is_enabled = True
+
+    def __init__(self, vllm_config: Any, device: torch.device) -> None:
+        """Checks the server's settings; memory is taken when the model is there."""
+        self._config = vllm_config
+        self._device = device
+        self._options = Options.read(vllm_config.additional_config)
+        self._tokens = int(vllm_config.scheduler_config.max_num_batched_tokens)
+        self._warming = False
+        self._tenants: Tenants
+        _require_supported(vllm_config)
+
+    def create_lora_manager(self, model: Any, vllm_config: Any = None) -> Any:
+        """Takes the arena's memory, so that it is there before vLLM measures what is left, and changes the model."""
+        if type(model).__name__ not in FAMILIES:
+            raise OptionError(f"{type(model).__name__} is not served, expected one of {', '.join(FAMILIES)}")
+        lora, options = self._config.lora_config, self._options
+        rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        table = RankTable(BaseFiles(_folder(self._config.model_config)), rank, ranks)
+        size = arena_bytes(options, table, lora.max_loras)
+        arena = Arena(
+            table,
+            capacity_bytes=size,
+            slots=lora.max_loras * (1 + options.delta_experts),
+            device=torch.device(self._device),
+            max_rank=options.max_rank or max(table.largest_rank(), FUSION_RANK),
+        )
+        step = Step(arena, tokens=self._tokens, fusions=options.fusions, delta_experts=options.delta_experts)
+        self._tenants = Tenants(
+            step, at_once=lora.max_loras, most=lora.max_cpu_loras, accept_base=options.accept_base
+        )
+        if rank == 0:
+            self._tenants.counts.file = counts_file(self._config.instance_id)
+        serve(model, step, table)
+        logger.info(
+            "deltaweave: %.2f GiB for tenants on rank %d of %d, %d in a step, %d in host memory",
+            size / 2**30,
+            rank,
+            ranks,
+            lora.max_loras,
+            lora.max_cpu_loras,
+        )
+        return model
+
+    def set_active_adapters(self, requests: Iterable[Any], mapping: Any) -> None:
+        """A step begins: `mapping` has the adapter id of every token and of every row that is sampled."""
+        adapters = {request.lora_int_id: _adapter(request) for request in requests}
+        self._tenants.begin(mapping.index_mapping, mapping.prompt_mapping, adapters)
+        if self._warming:  # the run that measures memory has no adapters, and shall see what tenants need
+            whole = len(mapping.index_mapping) >= self._tokens
+            self._tenants.warm(whole or any(mapping.index_mapping))
+
+    def add_adapter(self, request: Any) -> bool:
+        """Loads a tenant."""
+        if request.load_inplace:
+            raise OptionError(f"{request.lora_name}: load_inplace is not supported: unload it and load it again")
+        if not Path(request.lora_path).exists():
+            raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+        loaded = self._tenants.add(_adapter(request))
+        if loaded:
+            logger.info("deltaweave: loaded %s from %s", request.lora_name, request.lora_path)
+        return True
+
+    def remove_adapter(self, adapter_id: int) -> bool:
+        """Forgets a tenant."""
+        return self._tenants.remove(adapter_id)
+
+    def pin_adapter(self, adapter_id: int) -> bool:
+        """Is not there: a tenant comes back from host memory in milliseconds."""
+        raise OptionError(f"adapter {adapter_id}: tenants cannot be pinned in vLLM")
+
+    def list_adapters(self) -> set[int]:
+        """Ids of what is in host memory."""
+        return self._tenants.ids
+
+    @contextmanager
+    def dummy_lora_cache(self) -> Iterator[None]:
+        """Warm-up, captures and the run that measures memory."""
+        self._warming = True
+        try:
+            yield
+        finally:
+            self._warming = False
+
+    def add_dummy_lora(self, request: Any, rank: int) -> bool:
+        """A stand-in for warm-up."""
+        self._tenants.stand_in(request.lora_int_id)
+        return True
+
+    def get_dummy_lora_warmup_rank(self, default_rank: int) -> int:
+        """Is of no interest: a stand-in has no weights."""
+        return default_rank
+
+    def remove_all_adapters(self) -> None:
+        """Warm-up is over; vLLM calls it at no other time."""
+        self._tenants.clear_stand_ins()
+
+    def supports_tower_connector_lora(self) -> bool:
+        """No: models of text alone."""
+        return False
+
+
+def _adapter(request: Any) -> Adapter:
+    return Adapter(request.lora_int_id, request.lora_name, request.lora_path)
+
+
+def _require_supported(config: Any) -> None:
+    parallel, model = config.parallel_config, config.model_config
+    for found, what in (
+        (parallel.pipeline_parallel_size > 1, "--pipeline-parallel-size above 1"),
+        (getattr(parallel, "use_ubatching", False), "--enable-dbo"),
+        (getattr(model, "enable_prompt_embeds", False), "--enable-prompt-embeds"),
+        (config.lora_config.fully_sharded_loras, "--fully-sharded-loras"),
+    ):
+        if found:
+            raise OptionError(f"{what} is not supported with --quantization deltaweave")
+
+
+def _folder(model: Any) -> Path:
+    """Of the base's checkpoint: as it was named, or where the hub's files were put."""
+    if os.path.isdir(model.model):  # noqa: PTH112  # a name of the hub is no path
+        return Path(model.model)
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+    except Exception as error:  # whatever the hub's client raises
+        raise DeltaweaveError(f"{model.model}: the base's files are not at hand ({error})") from error

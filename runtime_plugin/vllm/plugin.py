@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All that is done to vLLM, in one place.
+
+Through its own extension points: a quantization method, whose name switches this host on, and a resolver for folders of
+tenants. Two of its functions have no such point and are wrapped here, for the version that `require_version` checks:
+
+    LRUCacheWorkerLoRAManager   what a model runner makes to hold adapters; ours is made where the method is deltaweave
+    _gen_lora_extra_hash_keys   a prefix cache's key for a request: an adapter's id is added to its name, because a name
+                                may be unloaded and loaded again with another file
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from deltaweave.runtime_plugin.vllm.quantization import NAME, DeltaweaveConfig
+from deltaweave.runtime_plugin.vllm.resolver import register_folder
+from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+from vllm.v1.core import kv_cache_utils
+
+__all__ = ["install"]
+
+installed = False
+
+
+def install() -> None:
+    """Registers and wraps, once a process."""
+    global installed
+    if installed:
+        return
+    installed = True
+    if NAME not in QUANTIZATION_METHODS:
+        register_quantization_config(NAME)(DeltaweaveConfig)
+    register_folder()
+    _wrap_prefix_keys()
+    _wrap_manager()
+
+
+def _wrap_prefix_keys() -> None:
+    names = kv_cache_utils._gen_lora_extra_hash_keys
+
+    def keys(request: Any) -> list[str]:
+        found: list[str] = names(request)
+        return [f"{name}#{request.lora_request.lora_int_id}" for name in found]
+
+    kv_cache_utils._gen_lora_extra_hash_keys = keys
+
+
+def _wrap_manager() -> None:
+    from vllm.v1.worker import lora_model_runner_mixin as mixin
+
+    stock = mixin.LRUCacheWorkerLoRAManager
+
+    def manager(vllm_config: Any, device: Any, embedding_modules: Any) -> Any:
+        if vllm_config.model_config.quantization != NAME:
+            return stock(vllm_config, device, embedding_modules)
+        from deltaweave.runtime_plugin.vllm.manager import TenantManager
+
+        return TenantManager(vllm_config, device)
+
+    mixin.LRUCacheWorkerLoRAManager = manager

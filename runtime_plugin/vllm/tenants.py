@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A worker's tenants by vLLM's adapter ids: loaded, resident, forgotten, and whose a step's tokens are. No vLLM here."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from deltaweave.formats import open_tenant
+from deltaweave.runtime_plugin.library import ArenaFullError
+from deltaweave.runtime_plugin.pytorch import Arena, ArenaError
+from deltaweave.runtime_plugin.pytorch.arena import OpenStep
+from deltaweave.runtime_plugin.vllm.metrics import TenantCounts
+from deltaweave.runtime_plugin.vllm.step import Step
+from numpy.typing import NDArray
+
+__all__ = ["Adapter", "Tenants"]
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """What a request says of its tenant.
+
+    Attributes:
+        id: that vLLM gave it, above 0; another one for every time that a name is loaded.
+        name: the model's name in a request.
+        path: of its file.
+    """
+
+    id: int
+    name: str
+    path: str
+
+
+class Tenants:
+    """All tenants of a worker.
+
+    Not thread-safe; vLLM calls its workers one call after another.
+
+    Attributes:
+        counts: for metrics.
+    """
+
+    def __init__(self, step: Step, *, at_once: int, most: int, accept_base: bool) -> None:
+        """Begins without any.
+
+        Args:
+            step: of the process, with its arena.
+            at_once: the most in one step; so many of the largest must fit into the arena together.
+            most: the most in host memory; the least recently used are forgotten, and read again when they are wanted.
+            accept_base: do not compare the base with that of a tenant's file.
+        """
+        self.step = step
+        self.counts = TenantCounts()
+        self._at_once, self._most, self._accept_base = at_once, most, accept_base
+        self._adapters: OrderedDict[int, Adapter] = OrderedDict()  # the least recently used first
+        self._idle: set[int] = set()  # stand-ins of warm-up: they compute as the base
+        self._open: OpenStep | None = None
+
+    @property
+    def arena(self) -> Arena:
+        """Of the tenants."""
+        return self.step.arena
+
+    @property
+    def ids(self) -> set[int]:
+        """Of all tenants in host memory, and of stand-ins."""
+        return {*self._adapters, *self._idle}
+
+    def add(self, adapter: Adapter) -> bool:
+        """Reads a tenant's file into host memory and begins its upload; whether it was not there.
+
+        Raises:
+            ArenaError: the id is another tenant's, or with it the largest tenants would not fit together.
+            AttachError: a file that the base cannot serve.
+            FormatError: no such file, or not a delta or a fusion.
+        """
+        if adapter.id in self._adapters:
+            if self._adapters[adapter.id] != adapter:
+                raise ArenaError(
+                    f"adapter {adapter.id} is {self._adapters[adapter.id].name!r} and was to be {adapter.name!r} of "
+                    f"{adapter.path} too: unload a model before its name is loaded again, and run one API server"
+                )
+            self._adapters.move_to_end(adapter.id)
+            return False
+        self._close()
+        began = time.monotonic()
+        self._load(adapter)
+        self.counts.loaded(time.monotonic() - began)
+        self._count()
+        return True
+
+    def remove(self, adapter_id: int) -> bool:
+        """Forgets a tenant; whether it was there."""
+        self._idle.discard(adapter_id)
+        if adapter_id not in self._adapters:
+            return False
+        self._close()
+        self._forget(adapter_id)
+        self._count()
+        return True
+
+    def stand_in(self, adapter_id: int) -> None:
+        """An id that warm-up steps use: it computes as the base."""
+        self._idle.add(adapter_id)
+
+    def clear_stand_ins(self) -> None:
+        """Warm-up is over."""
+        self._idle.clear()
+
+    def begin(self, tokens: Sequence[int], sampled: Sequence[int], adapters: Mapping[int, Adapter]) -> None:
+        """A step begins: its tenants are brought to the device, and every token gets its slot.
+
+        The last step's kernels have been queued by now, so its tenants are held until the device has come this far.
+
+        Args:
+            tokens: adapter id of each token, 0 for the base.
+            sampled: adapter id of each row that is sampled.
+            adapters: of the step's requests.
+
+        Raises:
+            ArenaError: an id that no request names.
+        """
+        self._close()
+        ids = [adapter_id for adapter_id in dict.fromkeys((*tokens, *sampled)) if adapter_id]
+        served = [adapter_id for adapter_id in ids if adapter_id not in self._idle]
+        for adapter_id in served:
+            if adapter_id not in self._adapters:
+                if adapter_id not in adapters:
+                    raise ArenaError(f"no tenant has the adapter id {adapter_id}")
+                self.add(adapters[adapter_id])
+            self._adapters.move_to_end(adapter_id)
+        slots = self._resident(served) if served else {}
+        experts = [self._experts(served, place) for place in self.step.places]
+        self.step.choose(
+            _slots(tokens, slots), _slots(sampled, slots), [_slots(tokens, found) for found in experts]
+        )
+
+    def warm(self, active: bool) -> None:
+        """For a step of stand-ins: whether the tenants' kernels run, as they would with tenants."""
+        self.step.active = active
+
+    def _load(self, adapter: Adapter) -> None:
+        name = str(adapter.id)
+        with open_tenant(Path(adapter.path)) as opened:
+            self.arena.add(opened, name, accept_base=self._accept_base)
+        try:
+            self._require_room(adapter)
+        except ArenaError:
+            self.arena.remove(name)
+            raise
+        self._adapters[adapter.id] = adapter
+        while len(self._adapters) > self._most:
+            self._forget(next(iter(self._adapters)))
+
+    def _require_room(self, adapter: Adapter) -> None:
+        """The tenants of any step must fit into the arena together."""
+        sizes = sorted((self.arena.tenant_bytes(name) for name in self.arena.names), reverse=True)[: self._at_once]
+        whole = self.arena.stats().bytes
+        if sum(sizes) > whole:
+            raise ArenaError(
+                f"{adapter.path}: takes {self.arena.tenant_bytes(str(adapter.id))} bytes; the {len(sizes)} largest "
+                f"tenants, which one step may have, would take {sum(sizes)} of the arena's {whole}: raise arena_gib or "
+                "lower --max-loras"
+            )
+        tenant = self.arena[str(adapter.id)]
+        if tenant.is_fusion and not self.step.fusions:
+            raise ArenaError(f"{adapter.path}: a fusion, and the server was started with fusions off")
+        if beyond := [place for place in tenant.experts if place not in self.step.places]:
+            raise ArenaError(
+                f"{adapter.path}: expert {max(beyond)} is a delta, deltas are served as the first "
+                f"{len(self.step.places)} experts only: raise delta_experts to {max(beyond) + 1}"
+            )
+
+    def _forget(self, adapter_id: int) -> None:
+        del self._adapters[adapter_id]
+        self.arena.remove(str(adapter_id))
+
+    def _resident(self, ids: Sequence[int]) -> dict[int, int]:
+        """Slots of a step's tenants, which stay until the step is closed."""
+        names = [str(adapter_id) for adapter_id in ids]
+        try:
+            slots = self._opened(names)
+        except ArenaFullError:  # room enough, but in pieces: from an empty arena they lie side by side
+            for name in self.arena.names:
+                self.arena.evict(name)
+            if self.arena.buffer.is_cuda:
+                torch.cuda.synchronize(self.arena.buffer.device)
+            slots = self._opened(names)
+        self._count()
+        return dict(zip(ids, slots, strict=True))
+
+    def _opened(self, names: Sequence[str]) -> list[int]:
+        self._open = self.arena.begin_step(names)
+        return self._open.slots
+
+    def _experts(self, ids: Sequence[int], place: int) -> dict[int, int]:
+        found = self.arena.expert_slots([str(adapter_id) for adapter_id in ids], place)
+        return dict(zip(ids, found, strict=True))
+
+    def _close(self) -> None:
+        """Ends the last step, in the device's order."""
+        if self._open is not None:
+            step, self._open = self._open, None
+            self.arena.end_step(step)
+
+    def _count(self) -> None:
+        resident = sum(self.arena.is_resident(name) for name in self.arena.names)
+        self.counts.standing(resident, len(self._adapters), self.arena.uploads, self.arena.evictions)
+
+
+def _slots(ids: Sequence[int], slots: Mapping[int, int]) -> NDArray[np.int32]:
+    """Of tokens, from those of tenants; -1 where there is none."""
+    wanted = np.asarray(ids, np.int64)
+    found = np.full(len(wanted), -1, np.int32)
+    for adapter_id, slot in slots.items():
+        found[wanted == adapter_id] = slot
+    return found

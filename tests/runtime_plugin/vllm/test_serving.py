@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The vLLM host's layers in a decoder built like vLLM's: every token computes what its tenant computes alone."""
+
+import itertools
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from deltaweave.formats import DeltaExpert, DeltaReference, write_fusion
+from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError
+from deltaweave.runtime_plugin.vllm.layers import serve
+from deltaweave.runtime_plugin.vllm.step import Step
+from deltaweave.runtime_plugin.vllm.table import BaseFiles, RankTable
+from deltaweave.runtime_plugin.vllm.tenants import Adapter, Tenants
+from family import Family, edit_config
+from fused_decoder import RankModel, Ranks
+from fusion_family import alone, make
+from helpers import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("native")
+LENGTHS = [7, 1, 12, 5]
+FUSED = 2e-3  # an arena holds LoRAs in float16
+
+
+class Server:
+    """All ranks of a server of a family's base."""
+
+    def __init__(self, family, ranks=1, *, at_once=4, most=8, capacity=8 << 20, tokens=64, delta_experts=0, **options):
+        self.family, self.paths = family, {}
+        tables = [RankTable(BaseFiles(family.base), rank, ranks) for rank in range(ranks)]
+        self.tenants, models = [], []
+        for table in tables:
+            arena = Arena(
+                table,
+                capacity_bytes=capacity,
+                slots=at_once * (1 + delta_experts),
+                device=torch.device("cpu"),
+                max_rank=512,
+            )
+            step = Step(arena, tokens=tokens, fusions=True, delta_experts=delta_experts)
+            self.tenants.append(Tenants(step, at_once=at_once, most=most, accept_base=options.get("accept_base", False)))
+            models.append(RankModel(family.model, table.cut))
+            serve(models[-1], step, table)
+        self.steps = [tenants.step for tenants in self.tenants]
+        self.ranks = Ranks(models, tables, lambda rank: setattr(Step, "current", self.steps[rank]))
+        self.numbers = itertools.count(1)
+
+    def add(self, name, path):
+        adapter = Adapter(next(self.numbers), name, str(path))
+        self.paths[name] = adapter
+        for tenants in self.tenants:
+            tenants.add(adapter)
+        return adapter
+
+    def logits(self, names, prompts, warm=False):
+        """Of all tokens of the prompts, each its tenant's."""
+        ids = [self.paths[name].id if name else 0 for name in names]
+        lengths = [len(prompt) for prompt in prompts]
+        tokens = [number for number, length in zip(ids, lengths, strict=True) for _ in range(length)]
+        adapters = {adapter.id: adapter for adapter in self.paths.values()}
+        for tenants in self.tenants:
+            tenants.begin(tokens, tokens, adapters)
+        return self.ranks.logits(self.ranks.forward(torch.cat(prompts), lengths)).split(lengths)
+
+
+def write(family, name):
+    """A fusion's file, its deltas beside it."""
+    fusion, folder = family.fusions[name], family.folder / f"{name}-fusion"
+    folder.mkdir()
+    experts = []
+    for expert in fusion.experts:
+        if isinstance(expert, DeltaExpert):
+            shutil.copy(expert.delta.path, folder / f"{expert.name}.safetensors")
+            expert = DeltaReference(expert.name, f"{expert.name}.safetensors", expert.delta.header_sha256)
+        experts.append(expert)
+    return write_fusion(folder / "fusion.safetensors", replace(fusion, experts=tuple(experts)))
+
+
+def check(server, names, expected, tolerance=1e-5):
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(3, 50, (length,), generator=generator) for length in LENGTHS]
+    names = list(itertools.islice(itertools.cycle(names), len(prompts)))
+    for name, prompt, got in zip(names, prompts, server.logits(names, prompts), strict=True):
+        wanted = expected(name, prompt[None])[0]
+        known = wanted.shape[1]
+        assert (got[:, :known] - wanted).norm() <= tolerance * wanted.norm(), name
+        assert (got[:, known:] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_and_ranks(tmp_path, name, ranks):
+    """Four heads over two key-value heads: with four ranks those are repeated; groups of 128 are cut at 80 and at 40."""
+    family = Family.make(tmp_path, name, tied=name == "qwen2")
+    family.add("one", seed=1)
+    family.add("two", seed=2, embeddings=False)
+    server = Server(family, ranks)
+    for delta, path in family.deltas.items():
+        server.add(delta, path)
+    check(server, ["one", None, "two"], family.alone)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_biases_everywhere(tmp_path, ranks):
+    family = Family.make(tmp_path, config={"attention_bias": True, "mlp_bias": True})
+    family.add("one", seed=1)
+    server = Server(family, ranks)
+    server.add("one", family.deltas["one"])
+    check(server, ["one", None], family.alone)
+
+
+def test_rotary_embeddings_differ_by_token(tmp_path):
+    family = Family.make(tmp_path)
+    rope = {"rope_theta": 1e6, "rope_type": "default"}
+    family.add("far", edit=lambda folder: edit_config(folder, rope_parameters=rope))
+    server = Server(family)
+    server.add("far", family.deltas["far"])
+    check(server, ["far", None], family.alone)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fusions(tmp_path, ranks):
+    family = make(tmp_path)
+    server = Server(family, ranks, delta_experts=2, capacity=32 << 20)
+    for name in ("three", "fixed", "deltas"):
+        server.add(name, write(family, name))
+    server.add("one", family.deltas["one"])
+    check(server, ["three", "deltas", "one", "fixed"], lambda name, tokens: alone(family, name, tokens), FUSED)
+
+
+def test_steps_longer_than_a_kernel_takes(tmp_path, monkeypatch):
+    """Parts of 8 tokens instead of 2048."""
+    for module in ("step",):
+        monkeypatch.setattr(f"deltaweave.runtime_plugin.vllm.{module}.MAX_TOKENS", 8)
+    family = make(tmp_path)
+    server = Server(family)
+    server.add("three", write(family, "three"))
+    server.add("one", family.deltas["one"])
+    check(server, ["one", "three", None], lambda name, tokens: alone(family, name, tokens), FUSED)
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory):
+    family = Family.make(tmp_path_factory.mktemp("many"))
+    for seed in range(4):
+        family.add(f"t{seed}", seed=seed + 1)
+    return family
+
+
+def test_more_tenants_than_fit(many):
+    """Three slots, room for two in host memory beyond one step: the others are read again."""
+    server = Server(many, at_once=2, most=3)
+    for name, path in many.deltas.items():
+        server.add(name, path)
+    for pair in [("t0", "t1"), ("t2", "t3"), ("t0", "t2"), ("t3", "t0")]:
+        check(server, pair, many.alone)
+    tenants = server.tenants[0]
+    assert len(tenants.ids) == 3
+    assert tenants.counts.loads > 4 and tenants.counts.evictions >= 4
+    assert tenants.counts.resident <= 2
+
+
+def test_a_name_with_another_file_has_another_id(many):
+    server = Server(many)
+    server.add("name", many.deltas["t0"])
+    check(server, ["name"], lambda name, tokens: many.alone("t0", tokens))
+    server.add("name", many.deltas["t1"])
+    check(server, ["name"], lambda name, tokens: many.alone("t1", tokens))
+
+
+def test_an_id_stands_for_one_tenant(many):
+    server = Server(many)
+    adapter = server.add("t0", many.deltas["t0"])
+    with pytest.raises(ArenaError, match="one API server"):
+        server.tenants[0].add(Adapter(adapter.id, "t1", str(many.deltas["t1"])))
+
+
+def test_the_largest_of_a_step_must_fit(many):
+    server = Server(many, capacity=1 << 18)
+    size = 0
+    with pytest.raises(ArenaError, match="raise arena_gib"):
+        for name, path in many.deltas.items():
+            server.add(name, path)
+            size += 1
+    assert len(server.tenants[0].ids) == size > 0
+    check(server, ["t0"], many.alone)
+
+
+def test_unknown_ids_and_stand_ins(many):
+    server = Server(many)
+    tenants = server.tenants[0]
+    with pytest.raises(ArenaError, match="adapter id 9"):
+        tenants.begin([9], [9], {})
+    tenants.stand_in(9)
+    tenants.begin([9, 0], [9], {})
+    assert not tenants.step.active and (tenants.step.slots == -1).all()
+    tenants.warm(True)
+    assert tenants.step.active
+    tenants.clear_stand_ins()
+    assert tenants.ids == set()
+
+
+def test_a_fusion_beyond_the_options(tmp_path):
+    family = make(tmp_path)
+    path = write(family, "deltas")
+    server = Server(family, delta_experts=1)
+    with pytest.raises(ArenaError, match="raise delta_experts to 2"):
+        server.add("deltas", path)
+    assert not server.tenants[0].ids
+
+
+def test_prompts_log_probabilities(many):
+    """Logits of a view of the step's hidden states are of the tokens at its place in them."""
+    server = Server(many)
+    for name in ("t0", "t1"):
+        server.add(name, many.deltas[name])
+    a, b = server.paths["t0"].id, server.paths["t1"].id
+    prompts = [torch.arange(3, 10), torch.arange(20, 25)]
+    for tenants in server.tenants:
+        tenants.begin([a] * 7 + [b] * 5, [a, b], {})
+    hidden = server.ranks.forward(torch.cat(prompts), [7, 5])
+    sampled = server.ranks.logits(hidden[[6, 11]])
+    later = server.ranks.logits(hidden[7:11])
+    assert torch.allclose(sampled[1], many.alone("t1", prompts[1][None])[0, -1], atol=1e-4)
+    assert torch.allclose(later, many.alone("t1", prompts[1][None])[0, :4], atol=1e-4)
+
+
+def test_another_base_is_refused(tmp_path, many):
+    other = Family.make(tmp_path, seed=9)
+    server = Server(other)
+    with pytest.raises(AttachError, match="accept_base"):
+        server.add("t0", many.deltas["t0"])
+    Server(other, accept_base=True).add("t0", many.deltas["t0"])
