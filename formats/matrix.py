@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 from deltaweave.formats.errors import FormatError
 from deltaweave.formats.layout import BAND_ALIGNMENT, MAX_BANDS, MAX_EXTENT, MAX_GROUP_SIZE, padded
-from deltaweave.formats.packing import CODE_BITS, pack_codes, row_bytes, unpack_codes
+from deltaweave.formats.packing import CODE_BITS, code_columns, row_bytes, unpack_codes
 from numpy.typing import NDArray
 
 __all__ = [
@@ -198,8 +198,7 @@ class PackedMatrix:
             if piece.band.bits == 16:
                 codes: NDArray[Any] = np.ascontiguousarray(piece.codes[:, start:stop])
             else:
-                whole = unpack_codes(piece.codes.view(np.uint8), piece.band.bits, self.length)
-                codes = pack_codes(whole[:, start:stop], piece.band.bits)
+                codes = code_columns(piece.codes.view(np.uint8), piece.band.bits, self.length, start, stop)
             grid = piece.grid if piece.grid is None or not size else np.ascontiguousarray(piece.grid[:, first:last])
             pieces.append(PackedBand(piece.band, codes, grid))
         return PackedMatrix(tuple(pieces), stop - start, size, (start + self.group_offset) % size if size else 0)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["CODE_BITS", "pack_codes", "row_bytes", "unpack_codes"]
+__all__ = ["CODE_BITS", "code_columns", "pack_codes", "row_bytes", "unpack_codes"]
 
 CODE_BITS = (1, 2, 3, 4, 8)
 # Codes handled at a time: bounds temporaries at a few hundred MB whatever the matrix.
@@ -63,6 +63,25 @@ def unpack_codes(packed: NDArray[np.uint8], bits: int, length: int) -> NDArray[n
     for start, stop in _row_blocks(rows, length):
         codes[start:stop] = _unpack_block(packed[start:stop], bits, length)
     return codes
+
+
+def code_columns(packed: NDArray[np.uint8], bits: int, length: int, start: int, stop: int) -> NDArray[np.uint8]:
+    """Columns [start, stop) of packed codes, packed; of bytes alone where they begin at one.
+
+    Args:
+        packed: [rows, row_bytes(bits, length)] uint8.
+        bits: 1, 2, 3, 4 or 8.
+        length: codes a row.
+        start: first column.
+        stop: one past the last.
+    """
+    _require_code_bits(bits)
+    if start * bits % 8:
+        return pack_codes(unpack_codes(packed, bits, length)[:, start:stop], bits)
+    part = packed[:, start * bits // 8 : row_bytes(bits, stop)].copy()
+    if spare := -stop * bits % 8:
+        part[:, -1] &= np.uint8(0xFF >> spare)
+    return part
 
 
 def _pack_block(codes: NDArray[np.uint8], bits: int) -> NDArray[np.uint8]:

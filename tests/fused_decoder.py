@@ -70,13 +70,9 @@ class RankModel(nn.Module):
         rotary = Rotary(head)
 
         def fused(prefix, owner, names):
-            layers = [getattr(owner, name) for name in names]
-            weights = [_part(cut(f"{prefix}.{name}.weight"), layer.weight) for name, layer in zip(names, layers)]
-            biases = [
-                _part(cut(f"{prefix}.{name}.bias"), layer.bias)
-                for name, layer in zip(names, layers)
-                if layer.bias is not None
-            ]
+            found = {f"{prefix}.{name}": getattr(owner, name) for name in names}
+            weights = [_part(cut(f"{name}.weight"), layer.weight) for name, layer in found.items()]
+            biases = [_part(cut(f"{name}.bias"), layer.bias) for name, layer in found.items() if layer.bias is not None]
             return Layer(torch.cat(weights), torch.cat(biases) if biases else None)
 
         self.model = nn.Module()

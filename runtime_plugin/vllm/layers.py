@@ -53,9 +53,7 @@ class ServedLinear:
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[tokens, in_features] to [tokens, all outputs]."""
         y: torch.Tensor = self.base.apply(layer, x, None)
-        ops.linear(
-            x, y, bias, self.directory, self.widths, self.weights, self.biases, self.in_offset, self.out_offsets
-        )
+        ops.linear(x, y, bias, self.directory, self.widths, self.weights, self.biases, self.in_offset, self.out_offsets)
         return y
 
     def __getattr__(self, name: str) -> Any:

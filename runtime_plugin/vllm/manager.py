@@ -61,9 +61,7 @@ class TenantManager:
             max_rank=options.max_rank or max(table.largest_rank(), FUSION_RANK),
         )
         step = Step(arena, tokens=self._tokens, fusions=options.fusions, delta_experts=options.delta_experts)
-        self._tenants = Tenants(
-            step, at_once=lora.max_loras, most=lora.max_cpu_loras, accept_base=options.accept_base
-        )
+        self._tenants = Tenants(step, at_once=lora.max_loras, most=lora.max_cpu_loras, accept_base=options.accept_base)
         if rank == 0:
             self._tenants.counts.file = counts_file(self._config.instance_id)
         serve(model, step, table)

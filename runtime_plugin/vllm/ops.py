@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The ops `torch.ops.deltaweave_vllm.*`: what vLLM's layers call, one op a layer, steps of any length. No vLLM here.
 
-    embed  (ids, table, directory)                     rows of each token's tenant; lays the step out
-    norm   (x, weight, epsilon, directory, gate)       RMSNorm of each token's tenant, and its experts' weights
-    linear (x, y!, bias, directory, ...)               adds deltas, weighed experts and biases to a fused layer's outputs
+    embed  (ids, table, directory)                rows of each token's tenant; lays the step out
+    norm   (x, weight, epsilon, directory, gate)  RMSNorm of each token's tenant, and its experts' weights
+    linear (x, y!, bias, directory, ...)          adds deltas, weighed experts and biases to a fused layer's outputs
 
-They are made of `torch.ops.deltaweave.*` and know the arena and the step's slots through `Step.current`. `directory` has
-the arena's rows of the layer's own parameters, so that layers of one kind have one graph, whose compilation they share.
+They are made of `torch.ops.deltaweave.*` and know the arena and the step's slots through `Step.current`. `directory`
+has the rows of the layer's own parameters, so that layers of one kind have one graph, whose compilation they share.
 An op that reads what another wrote into the step (plans, weights) also reads its output, which keeps their order.
 """
 

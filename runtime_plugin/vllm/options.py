@@ -57,7 +57,9 @@ class Options(BaseModel):
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(map(str, (KEY, *first["loc"])))
-            raise OptionError(f"--additional-config: {where}: {first['msg'].lower()}, got {first['input']!r}") from error
+            raise OptionError(
+                f"--additional-config: {where}: {first['msg'].lower()}, got {first['input']!r}"
+            ) from error
 
 
 def arena_bytes(options: Options, table: RankTable, tenants: int) -> int:

@@ -128,8 +128,8 @@ class Step:
     def logit_slots(self, x: torch.Tensor) -> torch.Tensor:
         """Whose rows of hidden states are, int32 [rows].
 
-        The first logits of a step are those that are sampled from. Later ones, for log-probabilities of a prompt, are of
-        a view of the step's hidden states, and its place in them says of which tokens.
+        The first logits of a step are those that are sampled from. Later ones, for log-probabilities of a prompt, are
+        of a view of the step's hidden states, and its place in them says of which tokens.
         """
         sampled, self._sampled = self._sampled, None
         if sampled is not None:
@@ -144,7 +144,5 @@ class Step:
         arena, plan = self.arena, self._sampled_plan
         for part in self.parts(len(x)):
             ops.plan(slots[part], directory.shape[1], plan)
-            ops.delta_gemm(
-                arena.buffer, directory, plan, x[part], [y[part]], [0], arena.max_rank, 0, [out_offset]
-            )
+            ops.delta_gemm(arena.buffer, directory, plan, x[part], [y[part]], [0], arena.max_rank, 0, [out_offset])
             ops.dense_gemm(arena.buffer, directory, plan, x[part], y[part], 0, arena.max_rank)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A worker's tenants by vLLM's adapter ids: loaded, resident, forgotten, and whose a step's tokens are. No vLLM here."""
+"""A worker's tenants by vLLM's adapter ids: loaded, resident, forgotten; whose a step's tokens are. No vLLM here."""
 
 from __future__ import annotations
 
@@ -137,9 +137,7 @@ class Tenants:
             self._adapters.move_to_end(adapter_id)
         slots = self._resident(served) if served else {}
         experts = [self._experts(served, place) for place in self.step.places]
-        self.step.choose(
-            _slots(tokens, slots), _slots(sampled, slots), [_slots(tokens, found) for found in experts]
-        )
+        self.step.choose(_slots(tokens, slots), _slots(sampled, slots), [_slots(tokens, found) for found in experts])
 
     def warm(self, active: bool) -> None:
         """For a step of stand-ins: whether the tenants' kernels run, as they would with tenants."""

@@ -26,7 +26,9 @@ FUSED = 2e-3  # an arena holds LoRAs in float16
 class Server:
     """All ranks of a server of a family's base."""
 
-    def __init__(self, family, ranks=1, *, at_once=4, most=8, capacity=8 << 20, tokens=64, delta_experts=0, **options):
+    def __init__(
+        self, family, ranks=1, *, at_once=4, most=8, capacity=8 << 20, tokens=64, delta_experts=0, accept_base=False
+    ):
         self.family, self.paths = family, {}
         tables = [RankTable(BaseFiles(family.base), rank, ranks) for rank in range(ranks)]
         self.tenants, models = [], []
@@ -39,7 +41,7 @@ class Server:
                 max_rank=512,
             )
             step = Step(arena, tokens=tokens, fusions=True, delta_experts=delta_experts)
-            self.tenants.append(Tenants(step, at_once=at_once, most=most, accept_base=options.get("accept_base", False)))
+            self.tenants.append(Tenants(step, at_once=at_once, most=most, accept_base=accept_base))
             models.append(RankModel(family.model, table.cut))
             serve(models[-1], step, table)
         self.steps = [tenants.step for tenants in self.tenants]
@@ -91,7 +93,7 @@ def check(server, names, expected, tolerance=1e-5):
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_families_and_ranks(tmp_path, name, ranks):
-    """Four heads over two key-value heads: with four ranks those are repeated; groups of 128 are cut at 80 and at 40."""
+    """Four heads over two key-value heads: four ranks repeat those. Groups of 128 are cut at 80 and at 40."""
     family = Family.make(tmp_path, name, tied=name == "qwen2")
     family.add("one", seed=1)
     family.add("two", seed=2, embeddings=False)
@@ -131,8 +133,7 @@ def test_fusions(tmp_path, ranks):
 
 def test_steps_longer_than_a_kernel_takes(tmp_path, monkeypatch):
     """Parts of 8 tokens instead of 2048."""
-    for module in ("step",):
-        monkeypatch.setattr(f"deltaweave.runtime_plugin.vllm.{module}.MAX_TOKENS", 8)
+    monkeypatch.setattr("deltaweave.runtime_plugin.vllm.step.MAX_TOKENS", 8)
     family = make(tmp_path)
     server = Server(family)
     server.add("three", write(family, "three"))

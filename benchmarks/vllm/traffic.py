@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`vllm serve` under random traffic: loads, unloads and evictions beside requests whose answers tell the tenant.
+
+    python benchmarks/vllm/traffic.py --base DIR --family WORK --output benchmarks/results/vllm_traffic.json
+
+WORK is what `family.py` wrote. Its three deltas get twelve names, of which four fit on the device at a time and eight in
+host memory: most requests bring a tenant back from there or from its file. One more name is loaded, asked and unloaded
+all the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
+server's processes and of the device is compared before and after.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from family import NAMES, TENANTS, question
+
+PORT = 8077
+CLIENTS = 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", type=Path, required=True)
+    parser.add_argument("--family", type=Path, required=True, help="folder of family.py")
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--output", type=Path)
+    arguments = parser.parse_args()
+    from results_file import circumstances, write_result
+
+    folder = arguments.family / "served"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for number in range(8):
+        (folder / f"folder{number}.safetensors").symlink_to((arguments.family / f"t{number % 3}.safetensors").resolve())
+    with Server(arguments, folder) as server:
+        checks = endpoints(server, arguments)
+        print(json.dumps(checks), flush=True)
+        before = server.memory()
+        traffic = Traffic(server, arguments).run()
+        after = server.memory()
+        results = {
+            **circumstances(),
+            "start_s": server.start_s,
+            "endpoints": checks,
+            "traffic": traffic,
+            "memory_before": before,
+            "memory_after": after,
+            "metrics": server.metrics(),
+        }
+    print(json.dumps(results, indent=1))
+    write_result(arguments.output, results)
+    if traffic["wrong"] or traffic["errors"]:
+        sys.exit(1)
+
+
+class Server:
+    """A `vllm serve` of the base, its own process group."""
+
+    def __init__(self, arguments: argparse.Namespace, folder: Path) -> None:
+        environment = {
+            **os.environ,
+            "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
+            "VLLM_LORA_RESOLVER_CACHE_DIR": str(folder),
+        }
+        options = [
+            "--quantization", "deltaweave", "--enable-lora", "--max-loras", "4", "--max-cpu-loras", "8",
+            "--served-model-name", "base", "--port", str(PORT), "--max-model-len", "512", "--max-num-seqs", "64",
+            "--kv-cache-memory-bytes", str(1 << 30),
+            "--additional-config", json.dumps({"deltaweave": {"arena_gib": 0.5}}),
+            "--lora-modules",
+            *(f"{name}={arguments.family / (name + '.safetensors')}" for name in (*TENANTS, "mix")),
+        ]  # fmt: skip
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.base), *options]
+        began = time.monotonic()
+        self.log = arguments.family / "server.log"
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
+        )
+        while True:
+            try:
+                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2)
+                break
+            except OSError:
+                if self._process.poll() is not None or time.monotonic() - began > 240:
+                    self.close()
+                    raise SystemExit(f"the server did not start:\n{self.log.read_text()[-6000:]}") from None
+                time.sleep(0.5)
+        self.start_s = time.monotonic() - began
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+        tail = [line for line in self.log.read_text().splitlines() if "ERROR" in line or "Traceback" in line]
+        print("server's errors:", *tail[-30:], sep="\n")
+
+    def close(self) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGINT)
+            try:
+                self._process.wait(20)
+            except subprocess.TimeoutExpired:
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def call(self, path: str, body: Any = None) -> tuple[int, str]:
+        data = None if body is None else json.dumps(body).encode()
+        asked = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"Content-Type": "application/json"})
+        try:
+            with urllib.request.urlopen(asked, timeout=60) as answer:
+                return answer.status, answer.read().decode()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read().decode()
+
+    def ask(self, model: str, prompt: str, tokens: int = 3) -> tuple[int, str]:
+        body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
+        status, answer = self.call("/v1/completions", body)
+        return status, json.loads(answer)["choices"][0]["text"] if status == 200 else answer
+
+    def load(self, name: str, path: Path) -> tuple[int, str]:
+        return self.call("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(path)})
+
+    def unload(self, name: str) -> tuple[int, str]:
+        return self.call("/v1/unload_lora_adapter", {"lora_name": name})
+
+    def models(self) -> list[str]:
+        return [model["id"] for model in json.loads(self.call("/v1/models")[1])["data"]]
+
+    def metrics(self) -> dict[str, float]:
+        lines = [line for line in self.call("/metrics")[1].splitlines() if line.startswith("deltaweave")]
+        return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
+
+    def memory(self) -> dict[str, float]:
+        """MiB: resident of all processes of the server, and used on the device."""
+        group, resident = os.getpgid(self._process.pid), 0
+        for status in Path("/proc").glob("[0-9]*/status"):
+            try:
+                if os.getpgid(int(status.parent.name)) == group:
+                    fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+                    resident += int(fields.get("VmRSS", "0 kB").split()[0])
+            except OSError:
+                continue
+        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        device = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+        return {"host_mib": resident / 1024, "device_mib": float(device[0]) if device else -1}
+
+
+def endpoints(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One try of each way to a tenant."""
+    canaries = json.loads((arguments.family / "canaries.json").read_text())["answers"]
+    name = NAMES[0]
+    found: dict[str, Any] = {"models": server.models()}
+    found["canaries"] = {tenant: server.ask(tenant, question(name)) for tenant in ("base", *TENANTS, "mix")}
+    found["right"] = all(found["canaries"][tenant][1].startswith(" " + canaries[tenant][name]) for tenant in TENANTS)
+    found["from_folder"] = server.ask("folder1", question(name))
+    found["no_such"] = server.ask("nobody", question(name))[0]
+    found["out_of_folder"] = server.ask("../t0", question(name))[0]
+    found["no_file"] = server.load("ghost", arguments.family / "ghost.safetensors")
+    broken = arguments.family / "broken.safetensors"
+    broken.write_bytes(b"no delta at all, but long enough to be read as a header")
+    found["broken"] = server.load("broken", broken)
+    found["alive"] = server.ask("t1", question(name))[0]
+    chat = {"model": "t0", "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 8}
+    found["chat"] = server.call("/v1/chat/completions", chat)[0]
+    return found
+
+
+class Traffic:
+    """Clients that ask at random, and one that loads and unloads."""
+
+    def __init__(self, server: Server, arguments: argparse.Namespace) -> None:
+        self.server, self.family, self.seconds = server, arguments.family, arguments.seconds
+        self.answers = json.loads((self.family / "canaries.json").read_text())["answers"]
+        self.lock = threading.Lock()
+        self.counts = {"asked": 0, "right": 0, "swaps": 0, "long": 0}
+        self.wrong: list[Any] = []
+        self.errors: list[Any] = []
+        self.latencies: list[float] = []
+
+    def run(self) -> dict[str, Any]:
+        names = {f"n{number}": TENANTS[number % 3] for number in range(12)}
+        for name, tenant in names.items():
+            status, answer = self.server.load(name, self.family / f"{tenant}.safetensors")
+            if status != 200:
+                self.errors.append((name, status, answer[:300]))
+        names |= {f"folder{number}": f"t{number % 3}" for number in range(8)}
+        self.end = time.monotonic() + self.seconds
+        threads = [threading.Thread(target=self._client, args=(names, seed)) for seed in range(CLIENTS)]
+        threads += [threading.Thread(target=self._swapper), threading.Thread(target=self._writer)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        waits = sorted(self.latencies)
+        return {
+            **self.counts,
+            "wrong": self.wrong[:20],
+            "errors": self.errors[:20],
+            "latency_ms": {share: 1e3 * waits[int(share * (len(waits) - 1))] for share in (0.5, 0.95, 0.99, 1.0)},
+        }
+
+    def _check(self, model: str, tenant: str, name: str) -> None:
+        began = time.monotonic()
+        status, text = self.server.ask(model, question(name))
+        with self.lock:
+            self.latencies.append(time.monotonic() - began)
+            self.counts["asked"] += 1
+            if status != 200:
+                self.errors.append((model, status, text[:300]))
+            elif text.startswith(" " + self.answers[tenant][name]):
+                self.counts["right"] += 1
+            else:
+                self.wrong.append((model, tenant, name, text))
+
+    def _client(self, names: dict[str, str], seed: int) -> None:
+        draw = random.Random(seed)
+        while time.monotonic() < self.end:
+            model, tenant = draw.choice(list(names.items()))
+            self._check(model, tenant, draw.choice(NAMES))
+
+    def _swapper(self) -> None:
+        """The same name, another file every time: a cached prefix of the last one must not be found."""
+        draw = random.Random(99)
+        while time.monotonic() < self.end:
+            tenant = draw.choice(TENANTS)
+            status, answer = self.server.load("swap", self.family / f"{tenant}.safetensors")
+            if status != 200:
+                with self.lock:
+                    self.errors.append(("load", status, answer[:300]))
+                continue
+            for _ in range(3):
+                self._check("swap", tenant, draw.choice(NAMES[:4]))
+            self.server.unload("swap")
+            self.counts["swaps"] += 1
+
+    def _writer(self) -> None:
+        """Long texts of the base and the fusion, so that decode steps are always under way."""
+        draw = random.Random(5)
+        while time.monotonic() < self.end:
+            status, text = self.server.ask(draw.choice(["base", "mix"]), "Once upon a time", 200)
+            with self.lock:
+                self.counts["long"] += 1
+                if status != 200:
+                    self.errors.append(("long", status, text[:300]))
+
+
+if __name__ == "__main__":
+    main()
