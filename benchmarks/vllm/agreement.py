@@ -133,9 +133,10 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
         max_cpu_loras=8,
         max_model_len=512,
         max_num_seqs=64,
-        kv_cache_memory_bytes=2 << 30,
+        kv_cache_memory_bytes=1 << 30,
+        gpu_memory_utilization=0.02,
         tensor_parallel_size=arguments.ranks,
-        additional_config={"deltaweave": {"arena_gib": 1.0}},
+        additional_config={"deltaweave": {"arena_gib": 0.5}},
         **mode,
     )
     started = time.monotonic() - began

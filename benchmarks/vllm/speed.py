@@ -11,10 +11,13 @@ A decode step is the difference of two runs, of 16 and 144 new tokens, over 128;
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel GPUs")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path, help="folder of the plots")
+    parser.add_argument("--together", action="store_true", help="start all servers at once; they measure in turn")
     parser.add_argument("--part", choices=SERVERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
@@ -45,22 +49,46 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     write_base(arguments)
     results: dict[str, Any] = {**circumstances(), "ranks": arguments.ranks, "servers": {}}
-    for server in arguments.servers:
-        output = arguments.folder / f"{server}.json"
-        output.unlink(missing_ok=True)
-        command = [sys.executable, __file__, "--folder", str(arguments.folder), "--ranks", str(arguments.ranks)]
-        command += ["--layers", str(arguments.layers), "--part", server, "--output", str(output)]
-        log = (arguments.folder / f"{server}.log").open("w")
-        done = subprocess.run(command, timeout=300, check=False, stdout=log, stderr=subprocess.STDOUT)
-        if done.returncode or not output.exists():
-            print(server, "failed:\n", (arguments.folder / f"{server}.log").read_text()[-3000:], flush=True)
-            continue
-        results["servers"][server] = json.loads(output.read_text())
-        print(server, json.dumps(results["servers"][server]), flush=True)
-        summarize(results)
-        write_result(arguments.output, results)
+    for names in [arguments.servers] if arguments.together else [[server] for server in arguments.servers]:
+        running = [(server, start(arguments, server)) for server in names]
+        for server, process in running:
+            results["servers"] |= finish(arguments, server, process)
+            summarize(results)
+            write_result(arguments.output, results)
     if arguments.plot:
         plot(results, arguments.plot)
+
+
+def start(arguments: argparse.Namespace, server: str) -> subprocess.Popen[bytes]:
+    output = arguments.folder / f"{server}.json"
+    output.unlink(missing_ok=True)
+    command = [sys.executable, __file__, "--folder", str(arguments.folder), "--ranks", str(arguments.ranks)]
+    command += ["--layers", str(arguments.layers), "--part", server, "--output", str(output)]
+    with (arguments.folder / f"{server}.log").open("w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def finish(arguments: argparse.Namespace, server: str, process: subprocess.Popen[bytes]) -> dict[str, Any]:
+    try:
+        status = process.wait(300)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        status = process.wait()
+    output = arguments.folder / f"{server}.json"
+    if status or not output.exists():
+        print(server, "failed:\n", (arguments.folder / f"{server}.log").read_text()[-3000:], flush=True)
+        return {}
+    found = json.loads(output.read_text())
+    print(server, json.dumps(found), flush=True)
+    return {server: found}
+
+
+@contextmanager
+def alone(arguments: argparse.Namespace) -> Iterator[None]:
+    """Nobody else measures meanwhile."""
+    with (arguments.folder / "measuring").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def write_base(arguments: argparse.Namespace) -> None:
@@ -129,7 +157,8 @@ def engine(arguments: argparse.Namespace, server: str) -> Any:
         max_model_len=512,
         max_num_seqs=most,
         max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=(9 << 30) // arguments.ranks,
+        kv_cache_memory_bytes=(5 << 30) // arguments.ranks,
+        gpu_memory_utilization=0.05,
         tensor_parallel_size=arguments.ranks,
         enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
@@ -138,11 +167,17 @@ def engine(arguments: argparse.Namespace, server: str) -> Any:
 
 
 def measure(arguments: argparse.Namespace, server: str) -> dict[str, Any]:
-    from vllm.lora.request import LoRARequest
-
     began = time.monotonic()
     llm = engine(arguments, server)
     found: dict[str, Any] = {"start_s": time.monotonic() - began}
+    with alone(arguments):
+        return found | measured(arguments, server, llm)
+
+
+def measured(arguments: argparse.Namespace, server: str, llm: Any) -> dict[str, Any]:
+    from vllm.lora.request import LoRARequest
+
+    found: dict[str, Any] = {}
     source = arguments.folder / ("lora" if server == "lora256" else "delta.safetensors")
     adapters: list[Any] = [None] * max(SEQUENCES)
     if server != "stock":
@@ -177,17 +212,17 @@ def timed(llm: Any, count: int, adapters: list[Any], tokens: int, length: int = 
 
 
 def step_ms(llm: Any, count: int, adapters: list[Any]) -> float:
-    """The best of three."""
+    """The best of two."""
     timed(llm, count, adapters, 4)
     return 1e3 * min(
-        (timed(llm, count, adapters, LONG) - timed(llm, count, adapters, SHORT)) / (LONG - SHORT) for _ in range(3)
+        (timed(llm, count, adapters, LONG) - timed(llm, count, adapters, SHORT)) / (LONG - SHORT) for _ in range(2)
     )
 
 
 def throughput(llm: Any, adapters: list[Any]) -> float:
-    """New tokens a second: 128 requests of 128 tokens and 128 new ones, over all tenants in turn."""
-    whose = [adapters[row % len(adapters)] for row in range(128)]
-    return 128 * 128 / timed(llm, 128, whose, 128, 128)
+    """New tokens a second: 64 requests of 128 tokens and 128 new ones, over all tenants in turn."""
+    whose = [adapters[row % len(adapters)] for row in range(64)]
+    return 64 * 128 / timed(llm, 64, whose, 128, 128)
 
 
 def first_token_ms(llm: Any, adapters: list[Any]) -> float:
@@ -268,7 +303,7 @@ def plot(results: dict[str, Any], folder: Path) -> None:
         bars["merged models, swapped (computed)"] = results["merged_swap"]["tokens_per_s"]
     right.barh(list(bars), list(bars.values()))
     right.invert_yaxis()
-    right.set(xscale="log", xlabel="new tokens a second, 128 requests over 32 tenants")
+    right.set(xscale="log", xlabel="new tokens a second, 64 requests over 32 tenants")
     figure.suptitle(f"Llama-2-7B's shapes in vLLM 0.21, {results['device']}")
     figure.savefig(folder / "vllm_speed.png", dpi=120)
 

@@ -3,8 +3,8 @@
 
     python benchmarks/vllm/traffic.py --base DIR --family WORK --output benchmarks/results/vllm_traffic.json
 
-WORK is what `family.py` wrote. Its three deltas get twelve names, of which four fit on the device at a time and eight in
-host memory: most requests bring a tenant back from there or from its file. One more name is loaded, asked and unloaded
+WORK is what `family.py` wrote. Its three deltas get twelve names, of which four fit on the device at a time and eight
+in host memory: most requests bring a tenant back from there or from its file. One more name is loaded, asked and unloaded
 all the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
 server's processes and of the device is compared before and after.
 """
@@ -80,7 +80,7 @@ class Server:
         options = [
             "--quantization", "deltaweave", "--enable-lora", "--max-loras", "4", "--max-cpu-loras", "8",
             "--served-model-name", "base", "--port", str(PORT), "--max-model-len", "512", "--max-num-seqs", "64",
-            "--kv-cache-memory-bytes", str(1 << 30),
+            "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.02",
             "--additional-config", json.dumps({"deltaweave": {"arena_gib": 0.5}}),
             "--lora-modules",
             *(f"{name}={arguments.family / (name + '.safetensors')}" for name in (*TENANTS, "mix")),
