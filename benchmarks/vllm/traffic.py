@@ -3,9 +3,9 @@
 
     python benchmarks/vllm/traffic.py --base DIR --family WORK --output benchmarks/results/vllm_traffic.json
 
-WORK is what `family.py` wrote. Its three deltas get twelve names, of which four fit on the device at a time and eight
-in host memory: most requests bring a tenant back from there or from its file. One more name is loaded, asked and unloaded
-all the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
+WORK is what `family.py` wrote. Its three deltas get twelve names; four fit on the device at a time and eight in host
+memory, so that most requests bring a tenant back from there or from its file. One more name is loaded, asked and
+unloaded all the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
 server's processes and of the device is compared before and after.
 """
 

@@ -125,16 +125,15 @@ class ServedRotary(nn.Module):
         """`base`: vLLM's, whose heads these are."""
         super().__init__()
         self.head_size, settings = int(base.head_size), step.arena.settings
-        self.slots, self.frequencies, self.scale = step.slots, settings.inverse_frequencies, settings.rotary_scale
+        self.frequencies, self.scale = settings.inverse_frequencies, settings.rotary_scale
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Positions [tokens], queries and keys [tokens, heads * head_size]."""
-        slots = self.slots[: positions.shape[0]].long()
-        slots = torch.where(slots < 0, self.scale.shape[0] - 1, slots)  # the base's row is the last
-        angles = positions.float()[:, None] * self.frequencies[slots]
-        scale = self.scale[slots][:, None]
+        rows = ops.settings_rows(positions)
+        angles = positions.float()[:, None] * self.frequencies[rows]
+        scale = self.scale[rows][:, None]
         cos, sin = (angles.cos() * scale).to(query.dtype)[:, None], (angles.sin() * scale).to(query.dtype)[:, None]
         return self._rotated(query, cos, sin), None if key is None else self._rotated(key, cos, sin)
 

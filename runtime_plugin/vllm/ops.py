@@ -5,6 +5,8 @@
     norm   (x, weight, epsilon, directory, gate)  RMSNorm of each token's tenant, and its experts' weights
     linear (x, y!, bias, directory, ...)          adds deltas, weighed experts and biases to a fused layer's outputs
 
+    settings_rows (positions)                     of each token's tenant in the arena's settings, int64
+
 They are made of `torch.ops.deltaweave.*` and know the arena and the step's slots through `Step.current`. `directory`
 has the rows of the layer's own parameters, so that layers of one kind have one graph, whose compilation they share.
 An op that reads what another wrote into the step (plans, weights) also reads its output, which keeps their order.
@@ -19,13 +21,14 @@ import torch
 from deltaweave.runtime_plugin.pytorch import ops
 from deltaweave.runtime_plugin.vllm.step import Step
 
-__all__ = ["embed", "linear", "norm"]
+__all__ = ["embed", "linear", "norm", "settings_rows"]
 
 SCHEMAS = {
     "embed": "(Tensor ids, Tensor table, Tensor directory) -> Tensor",
     "norm": "(Tensor x, Tensor weight, float epsilon, Tensor directory, Tensor? gate) -> Tensor",
     "linear": "(Tensor x, Tensor(a!) y, Tensor? bias, Tensor directory, int[] widths, int[] weights, int[] biases, "
     "int in_offset, int[] out_offsets) -> ()",
+    "settings_rows": "(Tensor positions) -> Tensor",
 }
 
 
@@ -71,6 +74,14 @@ def _linear(
         ops.add_bias(step.arena.buffer, directory, step.slots[part], [piece[part] for piece in ys], base, biases)
 
 
+def _settings_rows(positions: torch.Tensor) -> torch.Tensor:
+    return Step.current.settings_rows[: len(positions)].long()
+
+
+def _fake_settings_rows(positions: torch.Tensor) -> torch.Tensor:
+    return positions.new_empty(positions.shape[0], dtype=torch.int64)
+
+
 def _fake_embed(ids: torch.Tensor, table: torch.Tensor, directory: torch.Tensor) -> torch.Tensor:
     return table.new_empty(ids.shape[0], table.shape[1])
 
@@ -90,6 +101,7 @@ _IMPLEMENTATIONS: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {
     "embed": (_embed, _fake_embed),
     "norm": (_norm, _fake_norm),
     "linear": (_linear, _fake_linear),
+    "settings_rows": (_settings_rows, _fake_settings_rows),
 }
 for _name, _schema in SCHEMAS.items():
     _library.define(_name + _schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -101,3 +113,4 @@ for _name, _schema in SCHEMAS.items():
 embed = torch.ops.deltaweave_vllm.embed.default
 norm = torch.ops.deltaweave_vllm.norm.default
 linear = torch.ops.deltaweave_vllm.linear.default
+settings_rows = torch.ops.deltaweave_vllm.settings_rows.default

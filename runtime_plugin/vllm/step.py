@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 __all__ = ["Step"]
 
-# Rows of the table of slots: of the step's tokens, of the rows that are sampled, and one for each place of a gate.
-TOKENS, SAMPLED, EXPERTS = range(3)
+# Rows of the table of slots: of the step's tokens, of those that are sampled, of the tokens in `SlotSettings` (where
+# the base has the last row), and one for each place of a gate.
+TOKENS, SAMPLED, SETTINGS, EXPERTS = range(4)
 
 
 class Step:
@@ -31,6 +32,7 @@ class Step:
             and without tenants apart, and replays the one that fits.
         fusions: whether tenants may be fusions.
         places: of a gate, those at which deltas may be experts.
+        settings_rows: int32 [tokens], the same as rows of the arena's settings.
         current: the process's step. Ops find it here: torch.compile sees them as functions of their arguments alone.
     """
 
@@ -51,7 +53,7 @@ class Step:
         self.fusions = fusions
         self.places = range(delta_experts if fusions else 0)
         self._rows = torch.full((EXPERTS + len(self.places), tokens), -1, dtype=torch.int32, device=device)
-        self.slots = self._rows[TOKENS]
+        self.slots, self.settings_rows = self._rows[TOKENS], self._rows[SETTINGS]
         parts = -(-tokens // MAX_TOKENS)
         ints = native_library().plan_bytes(min(tokens, MAX_TOKENS)) // 4
         self._plans = torch.zeros(1 + len(self.places), parts, ints, dtype=torch.int32, device=device)
@@ -71,8 +73,11 @@ class Step:
             experts: for each of `places`, slot of each token's expert there.
         """
         rows = np.full(tuple(self._rows.shape), -1, np.int32)
-        for row, values in zip(rows, (tokens, sampled, *experts), strict=False):
-            row[: len(values)] = values
+        for place, values in zip(
+            (TOKENS, SAMPLED, *range(EXPERTS, len(rows))), (tokens, sampled, *experts), strict=True
+        ):
+            rows[place, : len(values)] = values
+        rows[SETTINGS] = np.where(rows[TOKENS] < 0, self.arena.directory.shape[1], rows[TOKENS])
         self.active = bool((rows[TOKENS] >= 0).any())
         self._sampled = len(sampled)
         values = torch.from_numpy(rows)

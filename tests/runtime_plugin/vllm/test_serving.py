@@ -227,6 +227,33 @@ def test_prompts_log_probabilities(many):
     assert torch.allclose(later, many.alone("t1", prompts[1][None])[0, :4], atol=1e-4)
 
 
+@torch.inference_mode()
+def test_compiled_without_breaks_for_any_length(many):
+    """As vLLM traces a block: one graph, the number of tokens dynamic; what is no tensor must not become part of it."""
+    server = Server(many)
+    server.add("t0", many.deltas["t0"])
+    [model], [tenants] = server.ranks.models, server.tenants
+    first, second = model.model.layers
+
+    def block(ids, positions):
+        rows = model.model.embed_tokens.quant_method.embedding(model.model.embed_tokens, ids)
+        normed, residual = first.input_layernorm(rows, rows)
+        qkv = first.self_attn.qkv_proj(normed)
+        q, k = first.self_attn.rotary_emb(positions, qkv[:, :64], qkv[:, 64:96])
+        return second.mlp.gate_up_proj(second.post_attention_layernorm(q, residual)[0]), k
+
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for length in (5, 9):
+        numbers = [server.paths["t0"].id] * (length - 1) + [0]
+        tenants.begin(numbers, numbers, {})
+        ids, positions = torch.arange(3, 3 + length), torch.arange(length)
+        for tensor in (ids, positions):
+            torch._dynamo.mark_dynamic(tensor, 0)
+        for got, wanted in zip(compiled(ids, positions), block(ids, positions), strict=True):
+            assert torch.equal(got, wanted)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_another_base_is_refused(tmp_path, many):
     other = Family.make(tmp_path, seed=9)
     server = Server(other)
