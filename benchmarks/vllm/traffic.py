@@ -5,8 +5,8 @@
 
 WORK is what `family.py` wrote. Its three deltas get twelve names; four fit on the device at a time and eight in host
 memory, so that most requests bring a tenant back from there or from its file. One more name is loaded, asked and
-unloaded all the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
-server's processes and of the device is compared before and after.
+unloaded all the time, each time with another file. Every answer must be the one that the name's fine-tune gives.
+Memory of the server's processes and of the device is compared before and after.
 """
 
 from __future__ import annotations
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    arguments.family = arguments.family.resolve()
     from results_file import circumstances, write_result
 
     folder = arguments.family / "served"
@@ -85,11 +86,16 @@ class Server:
             "--lora-modules",
             *(f"{name}={arguments.family / (name + '.safetensors')}" for name in (*TENANTS, "mix")),
         ]  # fmt: skip
-        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.base), *options]
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.base.resolve()), *options]
         began = time.monotonic()
         self.log = arguments.family / "server.log"
         self._process = subprocess.Popen(
-            command, env=environment, stdout=self.log.open("w"), stderr=subprocess.STDOUT, start_new_session=True
+            command,
+            env=environment,
+            cwd=arguments.family,  # not a folder that has packages: `-m` puts it first on the path
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         while True:
             try:
