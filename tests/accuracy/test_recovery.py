@@ -9,6 +9,9 @@ lower them:
 
     python tests/accuracy/test_recovery.py
 
+The pairs are trained anew, in one thread, so all that moves a figure is how another machine rounds. Seen so far: 2 % on a
+second machine of the same kind, 12 % with two threads; the noise on record is twice that.
+
 Without git, or in a clone without history, there is nothing to hold the record against; the test then skips, or fails
 where DELTAWEAVE_HISTORY=required is set.
 """
@@ -60,7 +63,13 @@ SETTINGS = PairSettings(
 def test_no_recipe_falls_below_the_record(tmp_path):
     record = json.loads(RECORD.read_text())
     assert record["measured_on"] == conditions(), "what is measured is not what is on record"
-    assert fallen(record, measure(tmp_path)) == []
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the record was made
+    try:
+        measured = measure(tmp_path)
+    finally:
+        torch.set_num_threads(threads)
+    assert fallen(record, measured) == []
 
 
 def test_what_counts_as_falling():
