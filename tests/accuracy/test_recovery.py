@@ -9,8 +9,8 @@ lower them:
 
     python tests/accuracy/test_recovery.py
 
-The pairs are trained anew, in one thread, so all that moves a figure is how another machine rounds. Seen so far: 2 % on a
-second machine of the same kind, 12 % with two threads; the noise on record is twice that.
+The pairs are trained anew, in one thread, so all that moves a figure is how another machine rounds. Seen so far: 2 % on
+a second machine of the same kind, 12 % with two threads; the noise on record is twice that.
 
 Without git, or in a clone without history, there is nothing to hold the record against; the test then skips, or fails
 where DELTAWEAVE_HISTORY=required is set.
