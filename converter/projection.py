@@ -23,6 +23,8 @@ __all__ = ["CompressedProjection", "compress_stage"]
 
 # Relative to the mean diagonal; keeps ranks that the calibration data hardly drives where the decomposition put them.
 CORRECTION_RIDGE = 1e-4
+# Beyond these factors a vector is noise, which making it longer would only make louder.
+RESTORED = (0.5, 2.0)
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,12 @@ def compress_stage(
         if factor.rank == 0:
             results.append(CompressedProjection(None, torch.zeros_like(delta)))
             continue
-        u = _quantize_u(delta, factor, plan, v, hessian, recipe)
-        approximation = u.values.T @ (factor.sigma[:, None] * v.values)
+        u, target = _quantize_u(delta, factor, plan, v, hessian, recipe)
+        sigma = factor.sigma * _restored(u.values, target) if recipe.unbiased else factor.sigma
+        approximation = u.values.T @ (sigma[:, None] * v.values)
         quality = {"energy_kept": factor.energy, **_errors(delta, approximation, hessian)}
         shape = (delta.shape[0], delta.shape[1])
-        sigma = factor.sigma.cpu().numpy()
-        record = FactoredRecord(shape, u.packed(plan.bands), v.packed(plan.bands), sigma, quality)
+        record = FactoredRecord(shape, u.packed(plan.bands), v.packed(plan.bands), sigma.cpu().numpy(), quality)
         results.append(CompressedProjection(record, approximation))
     return results
 
@@ -103,8 +105,11 @@ def _quantize_u(
     v: QuantizedRows,
     hessian: torch.Tensor | None,
     recipe: Recipe,
-) -> QuantizedRows:
-    """U against the input it will see at run time, `sigma * (V^ x)`; its Hessian follows from V^ without new data."""
+) -> tuple[QuantizedRows, torch.Tensor]:
+    """U against the input it will see at run time, `sigma * (V^ x)`; its Hessian follows from V^ without new data.
+
+    Also what it was quantized from, [out_features, rank].
+    """
     bits = bits_of_ranks(plan.bands)
     basis = factor.sigma[:, None] * v.values
     u_hessian = basis @ basis.T if hessian is None else basis @ hessian @ basis.T
@@ -113,7 +118,7 @@ def _quantize_u(
         seen = delta if hessian is None else delta @ hessian
         target = _corrected(factor.u, u_hessian, seen @ basis.T)
     if hessian is None:
-        return round_to_nearest(target.T.contiguous(), bits, recipe.group_size, recipe.grid)
+        return round_to_nearest(target.T.contiguous(), bits, recipe.group_size, recipe.grid), target
     quantizer = VectorsAsColumns(target.shape[0], bits, recipe.group_size, target.device, recipe.grid)
     gptq(
         target,
@@ -122,7 +127,25 @@ def _quantize_u(
         damping=recipe.damping,
         activation_order=recipe.activation_order,
     )
-    return quantizer.result
+    return quantizer.result, target
+
+
+def _restored(quantized: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """By how much each quantized vector fell short of its target along the target, to be made up for by sigma.
+
+    A grid's nearest values are shorter than what they stand for. Left so, every layer would pull back to the base a
+    little, and over a model such errors add up where rounding's own cancel.
+
+    Args:
+        quantized: [rank, out_features].
+        target: [out_features, rank].
+
+    Returns:
+        [rank], within `RESTORED`.
+    """
+    along = (quantized * target.T).sum(1)
+    whole = target.square().sum(0)
+    return torch.where(along > 0, whole / along.clamp_min(torch.finfo(along.dtype).tiny), 1.0).clamp(*RESTORED)
 
 
 def _corrected(u: torch.Tensor, u_hessian: torch.Tensor, products: torch.Tensor) -> torch.Tensor:

@@ -86,6 +86,7 @@ class Recipe(BaseModel):
         grid: what the grids of codes are fitted to.
         whiten: decompose the delta in the metric of its input's second moment.
         correct_target: fit U to what V's quantization left of the delta before it is quantized.
+        unbiased: lengthen sigma by what each vector of U lost along itself when it was quantized.
         group_size: codes that share one scale and zero.
         damping: GPTQ's `percdamp`, relative to the mean of the Hessian's diagonal.
         activation_order: whether GPTQ visits columns by falling activation energy.
@@ -107,6 +108,7 @@ class Recipe(BaseModel):
     grid: GridFit = "min-max"
     whiten: bool = False
     correct_target: bool = False
+    unbiased: bool = False
 
     @field_validator("bands")
     @classmethod

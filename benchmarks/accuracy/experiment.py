@@ -4,8 +4,9 @@
     python benchmarks/accuracy/experiment.py --base DIR --folder WORK --output benchmarks/results/accuracy.json
 
 A cell is a fine-tune, or one method at one ratio for one fine-tune; finished cells are files in WORK, and the same
-command goes on from there. A process decomposes a fine-tune's delta once for all its cells. Processes can share the work (`--tunings german`, `--seeds 1`, ...); the command above at last
-gathers everything. Cells that matter most come first, and `--seconds` ends the run between two cells.
+command goes on from there. A process decomposes a fine-tune's delta once for all its cells. Processes can share the
+work (`--tunings german`, `--seeds 1`, ...); the command above at last gathers everything. Cells that matter most come
+first, and `--seconds` ends the run between two cells.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "fusion"))
 from tasks import items
 
 CAVEAT = (
-    "SmolLM2-135M-Instruct, dequantized from a 4-bit file, and fine-tunes of it on generated tasks: the papers' results "
-    "with 7B models are not reproduced by this. Its widths 576 and 192 are no multiples of 128; models are scored "
-    "as base + delta in dense form."
+    "SmolLM2-135M-Instruct, dequantized from a 4-bit file, and fine-tunes of it on generated tasks: the papers' "
+    "results with 7B models are not reproduced by this. Its widths 576 and 192 are no multiples of 128; models are "
+    "scored as base + delta in dense form."
 )
 # In the order in which they are worth their time.
 CELLS = (

@@ -4,6 +4,7 @@
 import pytest
 import torch
 from deltaweave.converter import CompressionOptions, Recipe, RecipeError, compress, plan_compression, verify
+from deltaweave.converter.projection import compress_stage
 from deltaweave.converter.quantize import round_to_nearest
 from deltaweave.converter.svd import truncated_svd, whitened_svd
 from deltaweave.formats import Delta
@@ -37,6 +38,7 @@ def factored(delta):
         {"whiten": True},
         {"grid": "squared-error"},
         {"correct_target": False},
+        {"unbiased": True},
         {"widths": (1, 4)},
     ],
 )
@@ -122,6 +124,25 @@ def test_a_corrected_target_lowers_the_output_error(pair, tmp_path):
             found = [record.quality["output_error"] for record in factored(delta).values()]
         errors[correct] = sum(found) / len(found)
     assert errors[True] < errors[False]
+
+
+def test_unbiased_vectors_are_as_long_as_what_they_stand_for():
+    """Along the delta nothing is lost, and so little across it that a random part of the model could not tell."""
+    generator = torch.Generator().manual_seed(2)
+    delta, x = torch.randn(96, 64, generator=generator), torch.randn(400, 64, generator=generator)
+    along, errors = {}, {}
+    for unbiased in (False, True):
+        recipe = Recipe(bands="1:full", unbiased=unbiased, group_size=32)
+        (result,) = compress_stage(
+            [delta], [truncated_svd(delta, 64)], [recipe.plan("", (96, 64))], x.T @ x / len(x), recipe
+        )
+        along[unbiased] = float((result.delta * delta).sum() / delta.square().sum())
+        errors[unbiased] = float((result.delta - delta).square().sum() / delta.square().sum())
+        u, v = result.record.u.dequantize(), result.record.v.dequantize()
+        torch.testing.assert_close(result.delta, torch.tensor(u.T @ (result.record.sigma[:, None] * v)))
+    assert along[False] < 0.8
+    assert along[False] + 0.05 < along[True] < 1.05
+    assert errors[True] < 2 * errors[False]
 
 
 def test_whitened_vectors_hold_more_of_the_output_than_plain_ones():
