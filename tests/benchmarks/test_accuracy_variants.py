@@ -49,7 +49,8 @@ def test_two_sided_factors_are_the_delta_and_the_best_of_it(matrices):
         whole = _decomposed(matrix, matrix.outputs, "two-sided")
         assert torch.allclose((whole.u * whole.sigma) @ whole.v, matrix.delta, atol=1e-4)
         plain = _decomposed(matrix, matrix.outputs, "plain")
-        errors = [matrix.delta - (part.u * part.sigma) @ part.v for part in (whole.select(range(6)), plain.select(range(6)))]
+        leading = [factors.select(range(6)) for factors in (whole, plain)]
+        errors = [matrix.delta - (part.u * part.sigma) @ part.v for part in leading]
         assert cost(errors[0], matrix) < cost(errors[1], matrix)
 
 
