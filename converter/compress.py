@@ -75,8 +75,14 @@ def compress(
     options, output = options or CompressionOptions(), Path(output)
     output_folder(output, force=force)
     plan = plan_compression(base, tuned, options.recipe)
+    texts = _texts(plan, options)
     workspace = Workspace(output.with_name(output.name + ".partial"), resume_key(plan, options), restart=restart)
-    return _Compression(plan, options, workspace, progress or silent).run(output, force=force, command=command)
+    try:
+        run = _Compression(plan, options, texts, workspace, progress or silent)
+        return run.run(output, force=force, command=command)
+    except RecipeError:  # the same options will never make a file, and other options may not go on from here
+        workspace.remove()
+        raise
 
 
 @dataclass(frozen=True)
@@ -120,14 +126,16 @@ class _Compression:
         self,
         plan: CompressionPlan,
         options: CompressionOptions,
+        texts: tuple[CalibrationData | None, CalibrationData | None],
         workspace: Workspace,
         progress: Progress,
     ) -> None:
         self.plan, self.options, self.workspace, self.progress = plan, options, workspace, progress
+        self.calibration, self.held_out = texts
         self.device = options.torch_device
 
     def run(self, output: Path, *, force: bool, command: str | None) -> Path:
-        calibration, held_out = self._texts()
+        calibration, held_out = self.calibration, self.held_out
         # Built before any thread runs: meanwhile PyTorch's default dtype is another, in all threads.
         stream = self._stream(calibration, None)
         exact_stream = self._stream(held_out, torch.float32)
@@ -237,20 +245,6 @@ class _Compression:
             "torch": torch.__version__.partition("+")[0],
         }
 
-    def _texts(self) -> tuple[CalibrationData | None, CalibrationData | None]:
-        """What is calibrated on, and what a quality is measured on, if they are wanted."""
-        options, folder = self.options, self.plan.tuned.folder
-        length = options.sequence_length or default_sequence_length(self.plan.tuned.config)
-        measured = self.plan.recipe.max_kl is not None
-        if options.calibrated and measured and options.held_out is None:
-            return CalibrationData.split(options.calibration, folder, options.samples, length, options.seed)
-        calibration = held_out = None
-        if options.calibrated:
-            calibration = CalibrationData.load(options.calibration, folder, options.samples, length, options.seed)
-        if measured:
-            held_out = CalibrationData.held_out(options.held_out or DEFAULT_TEXT, folder, length)
-        return calibration, held_out
-
     def _stream(self, text: CalibrationData | None, dtype: torch.dtype | None) -> BlockStream | None:
         return BlockStream(self.plan.tuned, text.tokens.shape[1], self.device, dtype) if text else None
 
@@ -265,6 +259,20 @@ class _Compression:
             if record is not None:
                 records[name] = record
         self.workspace.save(OTHERS_PART, records)
+
+
+def _texts(plan: CompressionPlan, options: CompressionOptions) -> tuple[CalibrationData | None, CalibrationData | None]:
+    """What is calibrated on, and what a quality is measured on, if they are wanted."""
+    folder, measured = plan.tuned.folder, plan.recipe.max_kl is not None
+    length = options.sequence_length or default_sequence_length(plan.tuned.config)
+    if options.calibrated and measured and options.held_out is None:
+        return CalibrationData.split(options.calibration, folder, options.samples, length, options.seed)
+    calibration = held_out = None
+    if options.calibrated:
+        calibration = CalibrationData.load(options.calibration, folder, options.samples, length, options.seed)
+    if measured:
+        held_out = CalibrationData.held_out(options.held_out or DEFAULT_TEXT, folder, length)
+    return calibration, held_out
 
 
 def _least_ratio(plan: CompressionPlan) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from deltaweave.converter.calibration import Activations, BlockStream
 from deltaweave.converter.checkpoint import EMBEDDING, HEAD
+from deltaweave.converter.errors import CheckpointError
 from deltaweave.converter.plan import Pair, Progress
 from deltaweave.converter.text import CalibrationData
 from deltaweave.converter.workspace import Workspace
@@ -82,7 +83,11 @@ class Fidelity:
 
     @torch.no_grad()
     def measure(self, records: Mapping[str, Record]) -> Divergence:
-        """The KL of the base with `records` of its projections and everything else as the fine-tune's file has it."""
+        """The KL of the base with `records` of its projections and everything else as the fine-tune's file has it.
+
+        Raises:
+            CheckpointError: logits that are no finite numbers, the fine-tune's or its delta's.
+        """
         every = {**self.others, **records}
 
         def weight(name: str) -> torch.Tensor:
@@ -92,9 +97,15 @@ class Fidelity:
         reference = Activations.load(self.workspace.reference, self.shape, self.stream.dtype, self.device)
         divergences = torch.cat(list(self._divergences(reference, candidate, weight)))
         self.workspace.drop_candidate()
+        kl = float(divergences.mean())
+        if not math.isfinite(kl):
+            raise CheckpointError(
+                f"{self.pair.tuned.folder}: KL on {self.text.source} is no number: infinite or NaN logits of the "
+                "fine-tune, or of base + delta"
+            )
         blocks = torch.stack([block.mean() for block in divergences.split(BLOCK)])
         error = float(blocks.std()) / math.sqrt(len(blocks)) if len(blocks) > 1 else 0.0
-        return Divergence(max(0.0, float(divergences.mean())), error)
+        return Divergence(max(0.0, kl), error)
 
     def _walk(self, path: Path, weight: Weight, what: str) -> Activations:
         """The last block's output, of the model that has `weight`'s projections and embeddings."""

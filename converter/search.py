@@ -22,6 +22,8 @@ ROUNDS = 6
 AIM, CLOSE, NARROW = 0.95, 0.9, 1.01
 # Bounds of the power by which KL follows distortion.
 POWERS = 0.3, 3.0
+# Less KL than this, or none at all, is rounding: it says that a file is too good, and not by how much.
+LEAST_KL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Curve:
 
     def _law(self, ratio: float, attempts: Sequence[Attempt]) -> tuple[float, tuple[float, float]]:
         """(power, a point that it goes through) about `ratio`: of the two nearest tries, or the first and nothing."""
-        known = [(self._distortion(attempt.ratio), math.log(attempt.kl)) for attempt in attempts if attempt.kl > 0]
+        known = [(self._distortion(attempt.ratio), math.log(max(attempt.kl, LEAST_KL))) for attempt in attempts]
         known.sort(key=lambda point: abs(point[0] - self._distortion(ratio)))
         if len(known) < 2 and self._nothing:
             known.append(self._nothing)

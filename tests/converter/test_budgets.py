@@ -11,6 +11,7 @@ import torch
 from deltaweave.converter import (
     CalibrationError,
     Checkpoint,
+    CheckpointError,
     CompressionOptions,
     Recipe,
     RecipeError,
@@ -19,6 +20,7 @@ from deltaweave.converter import (
     plan_compression,
     verify,
 )
+from deltaweave.converter.fidelity import Fidelity
 from deltaweave.converter.recipe import parse_bytes
 from deltaweave.converter.text import CalibrationData
 from deltaweave.formats import Delta
@@ -199,7 +201,7 @@ def test_limits_that_cannot_be_kept_are_told(pair, text, tmp_path):
         compress(*pair, tmp_path / "d.safetensors", options(text, "triple", max_kl=1e-12))
     with pytest.raises(RecipeError, match="the base's own projections have"):
         compress(*pair, tmp_path / "e.safetensors", options(text, "triple", max_kl=1e3))
-    assert not list(tmp_path.glob("*.safetensors"))
+    assert not list(tmp_path.glob("*.safetensors*"))
 
 
 def test_bytes_beyond_the_projections_are_refused(pair):
@@ -211,6 +213,16 @@ def test_text_too_short_to_leave_anything_to_calibrate_on(pair, tmp_path):
     (tmp_path / "short.txt").write_text("a" * 40)
     with pytest.raises(CalibrationError, match=r"short\.txt: leaves 9 tokens beside the 32 to measure on"):
         compress(*pair, tmp_path / "d.safetensors", options(str(tmp_path / "short.txt"), max_kl=0.1))
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_a_kl_that_is_no_number_is_refused(pair, text, tmp_path, monkeypatch):
+    def broken(name, record):
+        return torch.full(Checkpoint.open(pair[1]).shape(name), torch.inf)
+
+    monkeypatch.setattr(Fidelity, "_served", lambda self, name, record: broken(name, record))
+    with pytest.raises(CheckpointError, match="is no number: infinite or NaN logits"):
+        compress(*pair, tmp_path / "d.safetensors", options(text, "triple", max_kl=0.1))
 
 
 @pytest.mark.parametrize(

@@ -121,3 +121,13 @@ def test_noise_does_not_keep_it_from_ending():
     pair.kl = lambda ratio: smooth(ratio) * bumps[len(pair.made)]
     assert pair.search(0.03).kl <= 0.03
     assert len(pair.made) <= ROUNDS
+
+
+def test_files_without_any_error():
+    """A LoRA that was merged, in bands that hold all of it: KL is 0 from some ratio on."""
+    smooth = model(0.7, 1.0)
+    for make, first in ((fixed, 1 / 16), (allocated, None)):
+        pair = make(lambda ratio: smooth(ratio) if ratio < 1 / 40 else 0.0)
+        found = pair.search(0.35, first)
+        assert len(pair.made) <= ROUNDS
+        assert found.kl <= 0.35 and found.ratio < 1 / 16
