@@ -7,7 +7,6 @@ vLLM calls `register` in each of its processes (entry point group `vllm.general_
 
 from __future__ import annotations
 
-import re
 from importlib.metadata import PackageNotFoundError, version
 
 from deltaweave.formats import DeltaweaveError
@@ -27,7 +26,7 @@ def require_version(found: str) -> None:
     Raises:
         VllmVersionError: not one of `SUPPORTED`.
     """
-    if re.split(r"[+]", found)[0] not in SUPPORTED:
+    if found.partition("+")[0] not in SUPPORTED:
         raise VllmVersionError(f"vllm {found} is installed, deltaweave's host is made for {', '.join(SUPPORTED)}")
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +60,9 @@ class TenantCounts:
             return
         values = {name: value for name, value in asdict(self).items() if name != "file"}
         fresh = self.file.with_suffix(f".{os.getpid()}")
-        fresh.write_text(json.dumps(values))
-        fresh.replace(self.file)
+        with suppress(OSError):  # a full disk costs the metrics, not the step
+            fresh.write_text(json.dumps(values))
+            fresh.replace(self.file)
 
 
 class TenantCollector:

@@ -38,7 +38,7 @@ class Options(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    arena_gib: float | None = Field(default=None, gt=0)
+    arena_gib: float | None = Field(default=None, gt=0, allow_inf_nan=False)
     fusions: bool = True
     delta_experts: int = Field(default=0, ge=0, le=8)
     max_rank: int | None = Field(default=None, ge=1, le=4096)

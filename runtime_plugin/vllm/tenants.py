@@ -59,6 +59,7 @@ class Tenants:
         self.counts = TenantCounts()
         self._at_once, self._most, self._accept_base = at_once, most, accept_base
         self._adapters: OrderedDict[int, Adapter] = OrderedDict()  # the least recently used first
+        self._sizes: dict[int, int] = {}  # of all that may be asked for, forgotten ones too
         self._idle: set[int] = set()  # stand-ins of warm-up: they compute as the base
         self._open: OpenStep | None = None
 
@@ -98,6 +99,7 @@ class Tenants:
     def remove(self, adapter_id: int) -> bool:
         """Forgets a tenant; whether it was there."""
         self._idle.discard(adapter_id)
+        self._sizes.pop(adapter_id, None)
         if adapter_id not in self._adapters:
             return False
         self._close()
@@ -157,14 +159,13 @@ class Tenants:
             self._forget(next(iter(self._adapters)))
 
     def _require_room(self, adapter: Adapter) -> None:
-        """The tenants of any step must fit into the arena together."""
-        sizes = sorted((self.arena.tenant_bytes(name) for name in self.arena.names), reverse=True)[: self._at_once]
-        whole = self.arena.stats().bytes
+        """The tenants of any step must fit into the arena together, those too that it has to read again."""
+        size, whole = self.arena.tenant_bytes(str(adapter.id)), self.arena.stats().bytes
+        sizes = sorted({**self._sizes, adapter.id: size}.values(), reverse=True)[: self._at_once]
         if sum(sizes) > whole:
             raise ArenaError(
-                f"{adapter.path}: takes {self.arena.tenant_bytes(str(adapter.id))} bytes; the {len(sizes)} largest "
-                f"tenants, which one step may have, would take {sum(sizes)} of the arena's {whole}: raise arena_gib or "
-                "lower --max-loras"
+                f"{adapter.path}: takes {size} bytes; the {len(sizes)} largest tenants, which one step may have, would "
+                f"take {sum(sizes)} of the arena's {whole}: raise arena_gib or lower --max-loras"
             )
         tenant = self.arena[str(adapter.id)]
         if tenant.is_fusion and not self.step.fusions:
@@ -174,6 +175,7 @@ class Tenants:
                 f"{adapter.path}: expert {max(beyond)} is a delta, deltas are served as the first "
                 f"{len(self.step.places)} experts only: raise delta_experts to {max(beyond) + 1}"
             )
+        self._sizes[adapter.id] = size
 
     def _forget(self, adapter_id: int) -> None:
         del self._adapters[adapter_id]

@@ -69,6 +69,8 @@ def test_options():
         Options.read({"deltaweave": {"arena_gb": 3}})
     with pytest.raises(OptionError, match=r"deltaweave\.arena_gib: .* greater than 0, got -1"):
         Options.read({"deltaweave": {"arena_gib": -1}})
+    with pytest.raises(OptionError, match=r"deltaweave\.arena_gib: .* finite"):
+        Options.read({"deltaweave": {"arena_gib": float("inf")}})
 
 
 def test_arena_grows_with_tenants_and_shrinks_with_ranks(tmp_path):
@@ -118,6 +120,12 @@ def test_counts_are_written_when_they_change(tmp_path):
     counts.standing(1, 2, 3, 4)
     assert not counts.file.exists()
     assert counts_file("a") != counts_file("b")
+
+
+def test_counts_that_cannot_be_written_stop_nothing(tmp_path):
+    counts = TenantCounts(file=tmp_path / "gone" / "counts.json")
+    counts.standing(1, 2, 3, 4)
+    assert counts.held == 2
 
 
 def test_ops_have_fakes():

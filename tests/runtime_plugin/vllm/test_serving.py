@@ -188,6 +188,28 @@ def test_the_largest_of_a_step_must_fit(many):
     check(server, ["t0"], many.alone)
 
 
+def test_a_forgotten_tenant_still_counts(tmp_path):
+    """Else it could no longer be read again beside another large one, in the middle of a step."""
+    family = Family.make(tmp_path)
+    for seed, name in enumerate(("large", "small", "smaller", "newcomer"), 1):
+        family.add(name, seed=seed, embeddings=name in ("large", "newcomer"))
+    roomy = Server(family)
+    large, small = (
+        roomy.tenants[0].arena.tenant_bytes(str(roomy.add(name, family.deltas[name]).id)) for name in ("large", "small")
+    )
+    assert small < large
+    server = Server(family, at_once=2, most=2, capacity=large + small)
+    for name in ("large", "small", "smaller"):
+        server.add(name, family.deltas[name])
+    forgotten = server.paths["large"].id
+    assert forgotten not in server.tenants[0].ids
+    with pytest.raises(ArenaError, match="raise arena_gib"):
+        server.add("newcomer", family.deltas["newcomer"])
+    check(server, ["large", "small"], family.alone)
+    server.tenants[0].remove(forgotten)
+    server.add("newcomer", family.deltas["newcomer"])
+
+
 def test_unknown_ids_and_stand_ins(many):
     server = Server(many)
     tenants = server.tenants[0]
