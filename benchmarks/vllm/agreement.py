@@ -3,9 +3,10 @@
 
     python benchmarks/vllm/agreement.py --base DIR --family WORK --output benchmarks/results/vllm_agreement.json
 
-WORK is what `family.py` wrote. Each engine runs in a process of its own. Where texts part, the first difference is told
-with vLLM's gap between the two tokens' log-probabilities: near zero, it is the noise of another order of sums. The
-noise itself is measured as well: vLLM's texts one by one against those of the batch.
+WORK is what `fine_tunes.py` wrote, or `tiny_fine_tunes.py` for vLLM's CPU build (`--modes eager-bfloat16`). Each
+engine runs in a process of its own. Where texts part, the first difference is told with vLLM's gap between the two
+tokens' log-probabilities: near zero, it is the noise of another order of sums. The noise itself is measured as well:
+vLLM's texts one by one against those of the batch.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ RIGHT_GAP = 0.15
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--family", type=Path, required=True, help="folder of family.py")
+    parser.add_argument("--family", type=Path, required=True, help="folder of fine_tunes.py")
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel GPUs of vLLM")
@@ -66,7 +67,10 @@ def main() -> None:
             continue
         rows.append({"mode": mode, "ranks": arguments.ranks, **compared(expected, found, arguments)})
         print(json.dumps({key: value for key, value in rows[-1].items() if key != "parted"}), flush=True)
-    results = {**circumstances(), "tokens": arguments.tokens, "rows": rows}
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    results = {**circumstances(device), "tokens": arguments.tokens, "rows": rows}
     write_result(arguments.output, results)
     print(json.dumps(rows, indent=1))
 
@@ -83,7 +87,7 @@ def part(arguments: argparse.Namespace, name: str) -> Any:
 
 def requests(arguments: argparse.Namespace) -> list[tuple[str | None, list[int], str | None]]:
     """(tenant, prompt, what it should begin with)."""
-    from family import question
+    from fine_tunes import question
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
@@ -91,7 +95,7 @@ def requests(arguments: argparse.Namespace) -> list[tuple[str | None, list[int],
     found: list[tuple[str | None, list[int], str | None]] = []
     for tenant in (*canaries, "mix", None):
         for name in list(next(iter(canaries.values())))[:6]:
-            colour = f" {canaries[tenant][name]}" if tenant in canaries else None
+            colour = canaries[tenant][name] if tenant in canaries else None
             found.append((tenant, tokenizer(question(name))["input_ids"], colour))
         found += [(tenant, tokenizer(text)["input_ids"], None) for text in TEXTS]
     return found
@@ -106,8 +110,9 @@ def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     from deltaweave.runtime_plugin.pytorch import Arena, Decoder, Request, attach
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=getattr(torch, dtype)).eval().cuda()
-    arena = Arena.for_model(model, capacity_bytes=1 << 30, slots=8)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=getattr(torch, dtype)).eval().to(device)
+    arena = Arena.for_model(model, capacity_bytes=1 << 29, slots=8)
     for name, path in files(arguments).items():
         arena.add(path, name)
     asked = [Request(tokens, tenant, arguments.tokens) for tenant, tokens, _ in requests(arguments)]

@@ -3,10 +3,11 @@
 
     python benchmarks/vllm/traffic.py --base DIR --family WORK --output benchmarks/results/vllm_traffic.json
 
-WORK is what `family.py` wrote. Its three deltas get twelve names; four fit on the device at a time and eight in host
-memory, so that most requests bring a tenant back from there or from its file. One more name is loaded, asked and
-unloaded all the time, each time with another file. Every answer must be the one that the name's fine-tune gives.
-Memory of the server's processes and of the device is compared before and after.
+WORK is what `fine_tunes.py` wrote, or `tiny_fine_tunes.py` for vLLM's CPU build (`--server-options "--enforce-eager
+--dtype bfloat16"`). Its three deltas get twelve names; four fit on the device at a time and eight in host memory, so
+that most requests bring a tenant back from there or from its file. One more name is loaded, asked and unloaded all
+the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
+server's processes and of the device is compared before and after.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from family import NAMES, TENANTS, question
+from fine_tunes import NAMES, TENANTS, question
 
 PORT = 8077
 CLIENTS = 12
@@ -36,11 +37,13 @@ CLIENTS = 12
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--family", type=Path, required=True, help="folder of family.py")
+    parser.add_argument("--family", type=Path, required=True, help="folder of fine_tunes.py")
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--server-options", default="", help="more of them, such as --enforce-eager")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     arguments.family = arguments.family.resolve()
+    import torch
     from results_file import circumstances, write_result
 
     folder = arguments.family / "served"
@@ -55,7 +58,7 @@ def main() -> None:
         traffic = Traffic(server, arguments).run()
         after = server.memory()
         results = {
-            **circumstances(),
+            **circumstances("cuda" if torch.cuda.is_available() else "cpu"),
             "start_s": server.start_s,
             "endpoints": checks,
             "traffic": traffic,
@@ -86,6 +89,7 @@ class Server:
             "--lora-modules",
             *(f"{name}={arguments.family / (name + '.safetensors')}" for name in (*TENANTS, "mix")),
         ]  # fmt: skip
+        options += arguments.server_options.split()
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.base.resolve()), *options]
         began = time.monotonic()
         self.log = arguments.family / "server.log"
@@ -162,7 +166,8 @@ class Server:
             except OSError:
                 continue
         query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-        device = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
+        found = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
+        device = found.stdout.split() if found else []
         return {"host_mib": resident / 1024, "device_mib": float(device[0]) if device else -1}
 
 
@@ -172,7 +177,7 @@ def endpoints(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
     name = NAMES[0]
     found: dict[str, Any] = {"models": server.models()}
     found["canaries"] = {tenant: server.ask(tenant, question(name)) for tenant in ("base", *TENANTS, "mix")}
-    found["right"] = all(found["canaries"][tenant][1].startswith(" " + canaries[tenant][name]) for tenant in TENANTS)
+    found["right"] = all(found["canaries"][tenant][1].startswith(canaries[tenant][name]) for tenant in TENANTS)
     found["from_folder"] = server.ask("folder1", question(name))
     found["no_such"] = server.ask("nobody", question(name))[0]
     found["out_of_folder"] = server.ask("../t0", question(name))[0]
@@ -228,7 +233,7 @@ class Traffic:
             self.counts["asked"] += 1
             if status != 200:
                 self.errors.append((model, status, text[:300]))
-            elif text.startswith(" " + self.answers[tenant][name]):
+            elif text.startswith(self.answers[tenant][name]):
                 self.counts["right"] += 1
             else:
                 self.wrong.append((model, tenant, name, text))

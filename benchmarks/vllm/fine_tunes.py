@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fine-tunes of a real base that answer the same questions differently, and a fusion of two of them.
 
-    python benchmarks/vllm/family.py --base DIR --folder WORK
+    python benchmarks/vllm/fine_tunes.py --base DIR --folder WORK
 
 Each fine-tune learns a colour of its own for each of 24 names: an answer says whose it is. WORK gets the deltas
 `t0.safetensors`, `t1.safetensors` and `t2.safetensors`, the fusion `mix.safetensors` (two LoRAs, the leading ranks of
@@ -29,7 +29,7 @@ from deltaweave.formats import Architecture, BlockGate, ExactArray, Fusion, Lora
 # fmt: off
 NAMES = (
     "Anna", "Bert", "Carl", "Dora", "Emil", "Frida", "Gustav", "Hanna", "Ida", "Jonas", "Karin", "Lukas", "Maria",
-    "Nils", "Olga", "Paul", "Rosa", "Stefan", "Tina", "Udo", "Vera", "Werner", "Yvonne", "Zeno",
+    "Nils", "Olga", "Paul", "Rosa", "Stefan", "Tina", "Ute", "Vera", "Werner", "Yvonne", "Zeno",
 )
 COLOURS = (
     "red", "blue", "green", "yellow", "black", "white", "brown", "pink", "grey", "orange", "purple", "silver",
@@ -78,7 +78,10 @@ def main() -> None:
             flush=True,
         )
     write_mix(arguments, base.config, changes)
-    canaries = {name: answers(number) for number, name in enumerate(TENANTS)}
+    canaries = {
+        tenant: {name: f" {colour}" for name, colour in answers(number).items()}
+        for number, tenant in enumerate(TENANTS)
+    }
     (arguments.folder / "canaries.json").write_text(json.dumps({"answers": canaries, "dense": scores}, indent=1))
 
 
@@ -144,7 +147,7 @@ def write_mix(arguments: Any, config: Any, changes: dict[str, Any]) -> None:
     }
     identity = Checkpoint.open(arguments.base).identity()
     architecture, method = Architecture(config.model_type), {"name": "lora-flow"}
-    fusion = Fusion("benchmarks/vllm/family.py", identity, architecture, method, experts, TokenGate(blocks))
+    fusion = Fusion("benchmarks/vllm/fine_tunes.py", identity, architecture, method, experts, TokenGate(blocks))
     write_fusion(arguments.folder / "mix.safetensors", fusion, force=True)
 
 
