@@ -64,6 +64,9 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "optimal, sensitivity output": {"sensitivity": "output"},
     "optimal, sensitivity weight": {"sensitivity": "weight"},
     "optimal, target not corrected": {"correct_target": False},
+    "optimal, unbiased": {"unbiased": True},
+    "triple, corrected": {"correct_target": True},
+    "triple, corrected and unbiased": {"correct_target": True, "unbiased": True},
     "optimal, whitened": {"whiten": True},
     "optimal, fitted grids": {"grid": "squared-error"},
     "optimal, widths 1 2 3 4 8": {"widths": [1, 2, 3, 4, 8]},
@@ -296,7 +299,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", help="[default: all]")
     parser.add_argument("--ratios", type=int, nargs="+", help="inverse ratios [default: 8 16 32 64]")
     parser.add_argument("--tune-only", action="store_true", help="make and score the fine-tunes, and stop")
-    parser.add_argument("--ablations", action="store_true", help="also every switch of `optimal` alone, at 1/16")
+    parser.add_argument("--ablations", action="store_true", help="also every switch alone, at 1/16")
     parser.add_argument("--items", type=int, default=512, help="test items, seen and held-out each")
     parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--samples", type=int, default=128, help="calibration sequences of 256 tokens")
