@@ -164,7 +164,7 @@ def _read_source(source: str | Path) -> tuple[bytes, str]:
         return files("deltaweave.converter").joinpath("data/calibration.txt").read_bytes(), DEFAULT_TEXT
     path = Path(source)
     if path.suffix not in (".txt", ".jsonl"):
-        raise CalibrationError(f"{path}: calibration text must be .txt, .jsonl, `default` or `none`")
+        raise CalibrationError(f"{path}: a text must be .txt, .jsonl or `default` (or `none`, to calibrate on none)")
     try:
         return path.read_bytes(), path.name
     except OSError as error:

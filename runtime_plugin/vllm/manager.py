@@ -62,7 +62,7 @@ class TenantManager:
         )
         step = Step(arena, tokens=self._tokens, fusions=options.fusions, delta_experts=options.delta_experts)
         self._tenants = Tenants(step, at_once=lora.max_loras, most=lora.max_cpu_loras, accept_base=options.accept_base)
-        if rank == 0:
+        if rank == 0 and self._config.parallel_config.data_parallel_index == 0:
             self._tenants.counts.file = counts_file(self._config.instance_id)
         serve(model, step, table)
         logger.info(

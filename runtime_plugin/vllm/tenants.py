@@ -85,7 +85,8 @@ class Tenants:
             if self._adapters[adapter.id] != adapter:
                 raise ArenaError(
                     f"adapter {adapter.id} is {self._adapters[adapter.id].name!r} and was to be {adapter.name!r} of "
-                    f"{adapter.path} too: unload a model before its name is loaded again, and run one API server"
+                    f"{adapter.path} too: unload a model before its name is loaded again, run one API server, give "
+                    "every LoRARequest an id of its own"
                 )
             self._adapters.move_to_end(adapter.id)
             return False
@@ -126,17 +127,16 @@ class Tenants:
             adapters: of the step's requests.
 
         Raises:
-            ArenaError: an id that no request names.
+            ArenaError: an id that no request names, or that is another tenant's already.
         """
         self._close()
         ids = [adapter_id for adapter_id in dict.fromkeys((*tokens, *sampled)) if adapter_id]
         served = [adapter_id for adapter_id in ids if adapter_id not in self._idle]
         for adapter_id in served:
-            if adapter_id not in self._adapters:
-                if adapter_id not in adapters:
-                    raise ArenaError(f"no tenant has the adapter id {adapter_id}")
-                self.add(adapters[adapter_id])
-            self._adapters.move_to_end(adapter_id)
+            wanted = adapters.get(adapter_id) or self._adapters.get(adapter_id)
+            if wanted is None:
+                raise ArenaError(f"no tenant has the adapter id {adapter_id}")
+            self.add(wanted)
         slots = self._resident(served) if served else {}
         experts = [self._experts(served, place) for place in self.step.places]
         self.step.choose(_slots(tokens, slots), _slots(sampled, slots), [_slots(tokens, found) for found in experts])

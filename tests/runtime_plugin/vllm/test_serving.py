@@ -175,6 +175,9 @@ def test_an_id_stands_for_one_tenant(many):
     adapter = server.add("t0", many.deltas["t0"])
     with pytest.raises(ArenaError, match="one API server"):
         server.tenants[0].add(Adapter(adapter.id, "t1", str(many.deltas["t1"])))
+    for name, path in (("t1", adapter.path), ("t0", str(many.deltas["t1"]))):  # as LLM.generate brings them
+        with pytest.raises(ArenaError, match="an id of its own"):
+            server.tenants[0].begin([adapter.id], [adapter.id], {adapter.id: Adapter(adapter.id, name, path)})
 
 
 def test_the_largest_of_a_step_must_fit(many):
