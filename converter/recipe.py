@@ -97,7 +97,7 @@ class Recipe(BaseModel):
     name: str = "custom"
     bands: str
     widths: tuple[int, ...] = (2, 3, 4, 8)
-    sensitivity: Sensitivity = "balanced"
+    sensitivity: Sensitivity = "fisher"
     overrides: dict[str, str] = Field(default_factory=dict)
     ratio: float = Field(default=1 / 16, gt=0, le=1)
     max_bytes: int | None = Field(default=None, gt=0)

@@ -60,7 +60,8 @@ CELLS = (
     ("nearest", 8), ("double", 8), ("single", 8), ("nearest", 64), ("double", 64), ("single", 64),
 )  # fmt: skip
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "optimal, sensitivity fisher": {"sensitivity": "fisher"},
+    "optimal, sensitivity balanced": {"sensitivity": "balanced"},
+    "optimal, balanced and unbiased": {"sensitivity": "balanced", "unbiased": True},
     "optimal, sensitivity output": {"sensitivity": "output"},
     "optimal, sensitivity weight": {"sensitivity": "weight"},
     "optimal, target not corrected": {"correct_target": False},

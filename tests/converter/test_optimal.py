@@ -33,6 +33,7 @@ def factored(delta):
     "changes",
     [
         {},
+        {"sensitivity": "balanced"},
         {"sensitivity": "output"},
         {"sensitivity": "weight"},
         {"whiten": True},
