@@ -160,9 +160,15 @@ def plan_compression(base: str | Path, tuned: str | Path, recipe: Recipe) -> Com
         RecipeError: a budget that no rank meets, or that is more than the projections have.
     """
     pair = open_pair(base, tuned)
-    if recipe.max_kl is None:
-        return _planned(pair, recipe.settled(pair.dense_bytes))
-    return _first_plan(pair, recipe)
+    if recipe.max_kl is not None:
+        return _first_plan(pair, recipe)
+    settled = recipe.settled(pair.dense_bytes)
+    try:
+        return _planned(pair, settled)
+    except RecipeError as error:
+        if recipe.max_bytes is None:
+            raise
+        raise RecipeError(f"max_bytes {recipe.max_bytes}, {error}") from error
 
 
 def _first_plan(pair: Pair, recipe: Recipe) -> CompressionPlan:

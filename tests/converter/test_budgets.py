@@ -209,6 +209,12 @@ def test_bytes_beyond_the_projections_are_refused(pair):
         plan_compression(*pair, Recipe.preset("optimal", max_bytes="1GB"))
 
 
+@pytest.mark.parametrize("recipe", ["optimal", "triple"])
+def test_bytes_that_no_rank_fits_are_named_as_they_were_given(pair, recipe):
+    with pytest.raises(RecipeError, match=r"^max_bytes 1, ratio \S+: .* budget of \d bytes, and rank 1 at "):
+        plan_compression(*pair, Recipe.preset(recipe, max_bytes=1))
+
+
 def test_text_too_short_to_leave_anything_to_calibrate_on(pair, tmp_path):
     (tmp_path / "short.txt").write_text("a" * 40)
     with pytest.raises(CalibrationError, match=r"short\.txt: leaves 9 tokens beside the 32 to measure on"):
