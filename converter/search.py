@@ -65,12 +65,13 @@ class Curve:
     @classmethod
     def square(cls, least: float) -> Curve:
         """From `least` to 1, where no distortions are known."""
-        return cls([(least, least**-2), (1.0, 1.0)])
+        return cls([(least, least**-2), (1.0, 1.0)] if least < 1 else [(1.0, 1.0)])
 
     @property
     def ratios(self) -> tuple[float, float]:
         """The least and the largest that the curve knows."""
-        return math.exp(self._points[0][0]) * (1 + 1e-6), min(1.0, math.exp(self._points[-1][0]))
+        least, most = math.exp(self._points[0][0]), min(1.0, math.exp(self._points[-1][0]))
+        return min(least * (1 + 1e-6), most), most
 
     def kl(self, ratio: float, attempts: Sequence[Attempt]) -> float:
         """Expected at `ratio`, after `attempts`."""

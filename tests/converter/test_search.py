@@ -114,6 +114,15 @@ def test_a_limit_that_the_smallest_file_keeps_ends_there():
     assert found.ratio == pytest.approx(LEAST, rel=NARROW - 1)
 
 
+def test_a_model_too_small_for_any_ratio_below_one_is_tried_once():
+    pair = Pair(lambda ratio: 0.01, Curve.square(1.0))
+    assert pair.search(0.02, first=1.0).ratio == 1.0
+    assert len(pair.made) == 1
+    with pytest.raises(RecipeError, match=r"not reached by the largest file either; the least was 0\.01 at ratio 1/1"):
+        pair.search(0.005, first=1.0)
+    assert len(pair.made) == 1
+
+
 def test_noise_does_not_keep_it_from_ending():
     bumps = {number: 1 + 0.2 * (-1) ** number for number in range(ROUNDS)}
     smooth = model(0.7, 1.0)
