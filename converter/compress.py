@@ -29,6 +29,7 @@ from deltaweave.converter.plan import (
 from deltaweave.converter.policies import other_record
 from deltaweave.converter.search import Attempt, Curve, best_of, search
 from deltaweave.converter.text import DEFAULT_TEXT, CalibrationData, default_sequence_length
+from deltaweave.converter.work import Work
 from deltaweave.converter.workspace import OTHERS_PART, Workspace, output_folder
 from deltaweave.formats import BaseIdentity, Record, TensorIdentity, record_bytes
 
@@ -78,48 +79,47 @@ def compress(
     texts = _texts(plan, options)
     workspace = Workspace(output.with_name(output.name + ".partial"), resume_key(plan, options), restart=restart)
     try:
-        run = _Compression(plan, options, texts, workspace, progress or silent)
-        return run.run(output, force=force, command=command)
+        return _Run(plan, options, texts, workspace, progress or silent).write(output, force=force, command=command)
     except RecipeError:  # the same options will never make a file, and other options may not go on from here
         workspace.remove()
         raise
 
 
 @dataclass(frozen=True)
-class _Work:
-    """What all compressions of a run share: everything that was read, measured or decomposed once."""
+class _Compressions:
+    """Those of one run: they share everything that was read, measured or decomposed once."""
 
-    plan: CompressionPlan
-    options: CompressionOptions
-    overlap: Overlap
-    calibration: CalibrationData | None
-    stream: BlockStream | None
-    decompositions: Decompositions
+    work: Work
     tables: Mapping[str, DistortionTable] | None
 
-    def compress(self, ratio: float, workspace: Workspace, progress: Progress) -> LayerCompression:
+    @classmethod
+    def of(cls, work: Work) -> _Compressions:
+        """Measures the tables, where bands are allocated by them."""
+        return cls(work, Measurement(work).tables() if work.plan.recipe.allocated else None)
+
+    def at(self, ratio: float, workspace: Workspace, progress: Progress) -> LayerCompression:
         """All projections at a ratio; what is finished in `workspace` is not made again."""
-        layers = LayerCompression(self._plan(ratio), self.options, workspace, self.decompositions, progress)
-        layers.run(self.overlap, self.calibration, self.stream)
+        layers = LayerCompression(replace(self.work, plan=self._plan(ratio), workspace=workspace, progress=progress))
+        layers.run()
         return layers
 
     def curve(self, nothing: float) -> Curve:
         """What KL to expect at a ratio, `nothing` being that of no delta at all."""
         if self.tables is None:
-            return Curve.square(_least_ratio(self.plan))
-        recipe, dense = self.plan.recipe, self.plan.dense_bytes
+            return Curve.square(_least_ratio(self.work.plan))
+        recipe, dense = self.work.plan.recipe, self.work.plan.dense_bytes
         (_, whole), *points = trade_curve(self.tables, recipe.widths, recipe.group_size)
         return Curve([(stored / dense, distortion) for stored, distortion in points], (whole, nothing))
 
     def _plan(self, ratio: float) -> CompressionPlan:
-        plan = self.plan.at(ratio)
+        plan = self.work.plan.at(ratio)
         if self.tables is None:
             return plan
         budget = ratio * plan.dense_bytes
         return replace(plan, bands=allocate(self.tables, plan.recipe.widths, plan.recipe.group_size, budget).bands)
 
 
-class _Compression:
+class _Run:
     """One run of `compress`."""
 
     def __init__(
@@ -134,7 +134,7 @@ class _Compression:
         self.calibration, self.held_out = texts
         self.device = options.torch_device
 
-    def run(self, output: Path, *, force: bool, command: str | None) -> Path:
+    def write(self, output: Path, *, force: bool, command: str | None) -> Path:
         calibration, held_out = self.calibration, self.held_out
         # Built before any thread runs: meanwhile PyTorch's default dtype is another, in all threads.
         stream = self._stream(calibration, None)
@@ -142,9 +142,9 @@ class _Compression:
         quality: dict[str, Any] = {}
         with Overlap.beside(self.device) as overlap:
             others, identity = overlap.aside(self._others), overlap.aside(self._base_identity)
-            work = self._work(overlap, calibration, stream)
+            compressions = _Compressions.of(self._work(overlap, stream))
             if held_out is None or exact_stream is None:
-                made = work.compress(self.plan.recipe.ratio, self.workspace, self.progress)
+                made = compressions.at(self.plan.recipe.ratio, self.workspace, self.progress)
             else:
                 others()
                 fidelity = Fidelity(
@@ -155,7 +155,7 @@ class _Compression:
                     self.workspace.load(OTHERS_PART),
                     self.progress,
                 )
-                made, quality = self._searched(work, fidelity)
+                made, quality = self._searched(compressions, fidelity)
             others()
             base = identity()
         package(
@@ -171,17 +171,21 @@ class _Compression:
         self.workspace.remove()
         return output
 
-    def _work(self, overlap: Overlap, calibration: CalibrationData | None, stream: BlockStream | None) -> _Work:
+    def _work(self, overlap: Overlap, stream: BlockStream | None) -> Work:
         recipe = self.plan.recipe
         again = recipe.allocated or recipe.max_kl is not None  # whether a projection is decomposed more than once
-        decompositions = Decompositions(self.workspace.folder if again else None, overlap.write)
-        tables = None
-        if recipe.allocated:
-            measurement = Measurement(self.plan, self.options, self.workspace, decompositions, self.progress)
-            tables = measurement.tables(overlap, calibration, stream)
-        return _Work(self.plan, self.options, overlap, calibration, stream, decompositions, tables)
+        return Work(
+            self.plan,
+            self.options,
+            self.workspace,
+            Decompositions(self.workspace.folder if again else None, overlap.write),
+            overlap,
+            self.calibration,
+            stream,
+            self.progress,
+        )
 
-    def _searched(self, work: _Work, fidelity: Fidelity) -> tuple[LayerCompression, dict[str, Any]]:
+    def _searched(self, compressions: _Compressions, fidelity: Fidelity) -> tuple[LayerCompression, dict[str, Any]]:
         """The smallest file within the recipe's `max_kl`, and what the header says of it."""
         limit = self.plan.recipe.max_kl
         assert limit is not None
@@ -193,7 +197,8 @@ class _Compression:
         attempts = [Attempt(**attempt) for attempt in found["attempts"]]
 
         def attempt(ratio: float, predicted: float | None, number: int) -> Attempt:
-            made = work.compress(ratio, self._attempted(number), self._named(f"try {number + 1}, 1/{1 / ratio:.1f}"))
+            named = self._named(f"try {number + 1}, 1/{1 / ratio:.1f}")
+            made = compressions.at(ratio, self._attempted(number), named)
             records = made.records()
             measured = fidelity.measure(records)
             size = sum(record_bytes(record).total for record in records.values())
@@ -203,9 +208,9 @@ class _Compression:
             self._drop_attempts(best_of(limit, attempts), attempts)
             return attempts[-1]
 
-        first = self.plan.recipe.ratio if work.tables is None else None
-        best = search(limit, work.curve(found["nothing"]), first, tuple(attempts), attempt)
-        made = work.compress(best.ratio, self._attempted(attempts.index(best)), self.progress)
+        first = self.plan.recipe.ratio if compressions.tables is None else None
+        best = search(limit, compressions.curve(found["nothing"]), first, tuple(attempts), attempt)
+        made = compressions.at(best.ratio, self._attempted(attempts.index(best)), self.progress)
         tried = [asdict(attempt) for attempt in attempts]
         return made, {"quality": {**fidelity.described, "max_kl": limit, "chosen": asdict(best), "attempts": tried}}
 

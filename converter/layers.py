@@ -10,15 +10,14 @@ from time import monotonic
 
 import torch
 from deltaweave.converter.calibration import Activations, BlockStream
-from deltaweave.converter.decompositions import Decompositions
 from deltaweave.converter.families import Projection
-from deltaweave.converter.overlap import Overlap, hand_over
-from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progress
+from deltaweave.converter.overlap import hand_over
 from deltaweave.converter.projection import compress_stage
 from deltaweave.converter.recipe import BandPlan
 from deltaweave.converter.svd import Factors, whitened_svd
 from deltaweave.converter.text import CalibrationData
-from deltaweave.converter.workspace import Workspace, layer_part
+from deltaweave.converter.work import Work
+from deltaweave.converter.workspace import layer_part
 from deltaweave.formats import Record
 from torch import nn
 
@@ -45,28 +44,20 @@ class _Difference:
 
 
 class LayerCompression:
-    """One pass over the layers of `plan`, whose bands are known; finished layers lie in `workspace`."""
+    """One pass over the layers of a plan whose bands are known; finished layers lie in the workspace."""
 
-    def __init__(
-        self,
-        plan: CompressionPlan,
-        options: CompressionOptions,
-        workspace: Workspace,
-        decompositions: Decompositions,
-        progress: Progress,
-    ) -> None:
-        self.plan, self.options, self.workspace = plan, options, workspace
-        self.decompositions, self.progress = decompositions, progress
-        self.device = options.torch_device
+    def __init__(self, work: Work) -> None:
+        self.work, self.plan, self.workspace = work, work.plan, work.workspace
 
-    def run(self, overlap: Overlap, calibration: CalibrationData | None, stream: BlockStream | None) -> None:
+    def run(self) -> None:
         """Compresses the layers that are not yet finished; without calibration, rounds to nearest."""
+        work = self.work
         if self._finished_layers() < len(self.plan.layers):
-            if calibration and stream:
-                self._layers_with_data(overlap, calibration, stream)
+            if work.calibration and work.stream:
+                self._layers_with_data(work.calibration, work.stream)
             else:
-                self._layers_without_data(overlap)
-        overlap.flush()
+                self._layers_without_data()
+        work.overlap.flush()
 
     def records(self) -> dict[str, Record]:
         """The projections' records, once `run` is through."""
@@ -77,19 +68,19 @@ class LayerCompression:
         layers = range(len(self.plan.layers))
         return next((layer for layer in layers if not self.workspace.has(layer_part(layer))), len(layers))
 
-    def _layers_without_data(self, overlap: Overlap) -> None:
+    def _layers_without_data(self) -> None:
         layers, first = self.plan.layers, self._finished_layers()
-        differences = self._differences(overlap, first)
+        differences = self._differences(first)
         for layer in range(first, len(layers)):
             records: dict[str, Record] = {}
             for step, stage in enumerate(layers[layer]):
-                self.progress("compressing", layer + step / len(layers[layer]), len(layers))
+                self.work.progress("compressing", layer + step / len(layers[layer]), len(layers))
                 records |= self._compress(stage, next(differences))
-            overlap.write(partial(self.workspace.save, layer_part(layer), records))
+            self.work.overlap.write(partial(self.workspace.save, layer_part(layer), records))
 
-    def _layers_with_data(self, overlap: Overlap, calibration: CalibrationData, stream: BlockStream) -> None:
+    def _layers_with_data(self, calibration: CalibrationData, stream: BlockStream) -> None:
         layers, first = self.plan.layers, self.workspace.saved_activations
-        differences = self._differences(overlap, first)
+        differences = self._differences(first)
         inputs = self._first_inputs(stream, calibration, first)
         saved = monotonic()
         for layer in range(first, len(layers)):
@@ -101,9 +92,9 @@ class LayerCompression:
             durable = None
             if layer + 1 < len(layers):
                 inputs = self._propagate(stream, layer, inputs)
-                if monotonic() - saved >= SECONDS_BETWEEN_SAVES[self.device.type]:
+                if monotonic() - saved >= SECONDS_BETWEEN_SAVES[self.work.device.type]:
                     durable, saved = inputs, monotonic()
-            overlap.write(partial(self._commit, layer, records, durable))
+            self.work.overlap.write(partial(self._commit, layer, records, durable))
             stream.unload(layer)
 
     def _first_inputs(self, stream: BlockStream, calibration: CalibrationData, first: int) -> Activations:
@@ -111,8 +102,8 @@ class LayerCompression:
         shape = (samples, length, int(self.plan.tuned.config["hidden_size"]))
         path = self.workspace.activations(first)
         if first:
-            return Activations.load(path, shape, stream.dtype, self.device)
-        inputs = Activations.create(path, shape, stream.dtype, self.device)
+            return Activations.load(path, shape, stream.dtype, self.work.device)
+        inputs = Activations.create(path, shape, stream.dtype, self.work.device)
         stream.embed(calibration.tokens, inputs)
         return inputs
 
@@ -131,7 +122,7 @@ class LayerCompression:
         def report(done: int) -> None:
             # A stage's share of its layer is taken as equal; half of it goes to the data, half to SVD and GPTQ.
             part = (step + 0.5 * done / inputs.pieces) / (steps + 1)
-            self.progress("compressing", layer + part, len(self.plan.layers))
+            self.work.progress("compressing", layer + part, len(self.plan.layers))
 
         return stream.second_moment(layer, stage[0].module, inputs, report)
 
@@ -160,17 +151,17 @@ class LayerCompression:
                 module.weight = nn.Parameter(served, requires_grad=False)
         return records
 
-    def _differences(self, overlap: Overlap, first: int) -> Iterator[list[_Difference]]:
+    def _differences(self, first: int) -> Iterator[list[_Difference]]:
         """The differences of every stage from layer `first` on; they need no data, so a GPU makes them ahead."""
         stages = (stage for layer in self.plan.layers[first:] for stage in layer)
-        return overlap.ahead(lambda stage: [self._difference(projection) for projection in stage], stages)
+        return self.work.overlap.ahead(lambda stage: [self._difference(projection) for projection in stage], stages)
 
     def _difference(self, projection: Projection) -> _Difference:
-        base, delta = self.plan.weights(projection, self.device)
+        base, delta = self.plan.weights(projection, self.work.device)
         factors = None
-        if not (self.plan.recipe.whiten and self.options.calibrated):
+        if not (self.plan.recipe.whiten and self.work.options.calibrated):
             triplets = self.plan.bands[projection.weight].triplets
-            factors = self.decompositions.factors(projection.weight, delta, triplets)
+            factors = self.work.decompositions.factors(projection.weight, delta, triplets)
         hand_over(base, delta, *((factors.u, factors.sigma, factors.v) if factors else ()))
         return _Difference(base, delta, factors)
 
@@ -178,7 +169,9 @@ class LayerCompression:
         outputs = inputs.successor(self.workspace.activations(layer + 1))
         steps = len(self.plan.layers[0])
         for done, (rows, hidden) in enumerate(inputs.chunks()):
-            self.progress("compressing", layer + (steps + done / inputs.pieces) / (steps + 1), len(self.plan.layers))
+            self.work.progress(
+                "compressing", layer + (steps + done / inputs.pieces) / (steps + 1), len(self.plan.layers)
+            )
             outputs.write(rows, stream.forward(layer, hidden))
         return outputs
 

@@ -10,15 +10,13 @@ from pathlib import Path
 import torch
 from deltaweave.converter.allocation import RELIEF, DistortionTable, distortion_table
 from deltaweave.converter.calibration import Activations, BlockStream
-from deltaweave.converter.decompositions import Decompositions
 from deltaweave.converter.errors import OutputError
 from deltaweave.converter.families import Projection
-from deltaweave.converter.overlap import Overlap, hand_over
-from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progress
+from deltaweave.converter.overlap import hand_over
 from deltaweave.converter.sensitivity import MEASURED_TOKENS, LayerSensitivity, layer_sensitivities
 from deltaweave.converter.svd import Factors, whitened_svd
 from deltaweave.converter.text import CalibrationData
-from deltaweave.converter.workspace import Workspace
+from deltaweave.converter.work import Work
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
@@ -32,53 +30,36 @@ CHUNK_TOKENS = 2048
 class Measurement:
     """The tables of one pair, kept in its workspace."""
 
-    def __init__(
-        self,
-        plan: CompressionPlan,
-        options: CompressionOptions,
-        workspace: Workspace,
-        decompositions: Decompositions,
-        progress: Progress,
-    ) -> None:
-        self.plan, self.options, self.workspace = plan, options, workspace
-        self.decompositions, self.progress = decompositions, progress
-        self.device = options.torch_device
+    def __init__(self, work: Work) -> None:
+        self.work, self.plan, self.workspace = work, work.plan, work.workspace
+        self.recipe, self.device = work.options.recipe, work.device
 
-    def tables(
-        self, overlap: Overlap, calibration: CalibrationData | None, stream: BlockStream | None
-    ) -> Mapping[str, DistortionTable]:
-        """Every projection's table, in the measure of the recipe's sensitivity.
-
-        Args:
-            overlap: decomposes the next projections beside the work.
-            calibration: the text that inputs and outputs are weighed on; None weighs all alike.
-            stream: the fine-tune, as `calibration`.
-        """
+    def tables(self) -> Mapping[str, DistortionTable]:
+        """Every projection's table, in the measure of the recipe's sensitivity."""
+        calibration, stream = self.work.calibration, self.work.stream
         file = self.workspace.folder / TABLES_FILE
         if not file.is_file():
-            if calibration is None or stream is None or self.options.recipe.sensitivity == "weight":
-                tables = dict(self._unweighted(overlap))
+            if calibration is None or stream is None or self.recipe.sensitivity == "weight":
+                tables = dict(self._unweighted())
             else:
-                tables = dict(self._weighted(overlap, calibration, stream))
+                tables = dict(self._weighted(calibration, stream))
             _save(file, tables)
         return _load(file)  # also when just measured: a resumed run has no other
 
-    def _unweighted(self, overlap: Overlap) -> Iterator[tuple[str, DistortionTable]]:
+    def _unweighted(self) -> Iterator[tuple[str, DistortionTable]]:
         layers = range(len(self.plan.layers))
-        decompositions = self._decompositions(overlap, layers)
+        decompositions = self._decompositions(layers)
         for layer in layers:
-            self.progress("measuring", layer, len(layers))
+            self.work.progress("measuring", layer, len(layers))
             yield from self._layer_tables(layer, None, decompositions)
 
-    def _weighted(
-        self, overlap: Overlap, calibration: CalibrationData, stream: BlockStream
-    ) -> Iterator[tuple[str, DistortionTable]]:
+    def _weighted(self, calibration: CalibrationData, stream: BlockStream) -> Iterator[tuple[str, DistortionTable]]:
         layers, length = self.plan.layers, calibration.tokens.shape[1]
         tokens = calibration.tokens[: -(-MEASURED_TOKENS // length)]
         shape = (len(tokens), length, int(self.plan.tuned.config["hidden_size"]))
         paths = [self.workspace.measured(layer) for layer in range(len(layers) + 1)]
         backwards = reversed(range(len(layers)))
-        decompositions = self._decompositions(overlap, backwards, whiten=self.options.recipe.whiten)
+        decompositions = self._decompositions(backwards, whiten=self.recipe.whiten)
         try:
             activations = [Activations.create(path, shape, stream.dtype, self.device, CHUNK_TOKENS) for path in paths]
             stream.embed(tokens, activations[0])
@@ -87,8 +68,8 @@ class Measurement:
                 layers,
                 activations,
                 tokens.numel(),
-                self.options.seed,
-                lambda done: self.progress("measuring", done * len(layers), len(layers)),
+                self.work.options.seed,
+                lambda done: self.work.progress("measuring", done * len(layers), len(layers)),
             )
             for layer, moments in measured:
                 yield from self._layer_tables(layer, moments, decompositions)
@@ -98,9 +79,7 @@ class Measurement:
                 activations = []
                 torch.cuda.empty_cache()
 
-    def _decompositions(
-        self, overlap: Overlap, layers: Iterable[int], *, whiten: bool = False
-    ) -> Iterator[Factors | torch.Tensor]:
+    def _decompositions(self, layers: Iterable[int], *, whiten: bool = False) -> Iterator[Factors | torch.Tensor]:
         """Every projection's triplets, layers in the order of `layers`; a GPU makes them ahead.
 
         To be whitened, they need the input's moment: then it is the deltas that are made.
@@ -111,16 +90,17 @@ class Measurement:
             if whiten:
                 hand_over(delta)
                 return delta
-            factors = self.decompositions.factors(projection.weight, delta, min(projection.shape))
+            factors = self.work.decompositions.factors(projection.weight, delta, min(projection.shape))
             hand_over(factors.u, factors.sigma, factors.v)
             return factors
 
-        return overlap.ahead(decompose, (p for layer in layers for stage in self.plan.layers[layer] for p in stage))
+        projections = (p for layer in layers for stage in self.plan.layers[layer] for p in stage)
+        return self.work.overlap.ahead(decompose, projections)
 
     def _layer_tables(
         self, layer: int, moments: LayerSensitivity | None, decompositions: Iterator[Factors | torch.Tensor]
     ) -> Iterator[tuple[str, DistortionTable]]:
-        recipe = self.options.recipe
+        recipe = self.recipe
         for projection in (projection for stage in self.plan.layers[layer] for projection in stage):
             name, (out_features, in_features) = projection.weight, projection.shape
             inputs = moments.inputs[name] if moments else torch.eye(in_features, device=self.device)
@@ -129,7 +109,7 @@ class Measurement:
                 outputs = moments.outputs[name]
             found = next(decompositions)
             factors = found if isinstance(found, Factors) else whitened_svd(found, inputs, min(projection.shape))
-            relief = RELIEF if self.options.calibrated else 1.0
+            relief = RELIEF if self.work.options.calibrated else 1.0
             power = 0.5 if recipe.sensitivity == "balanced" else 1.0
             table = distortion_table(
                 factors, inputs, outputs, recipe.widths, recipe.group_size, recipe.grid, relief, power
