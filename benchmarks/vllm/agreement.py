@@ -17,10 +17,12 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+from fine_tunes import question
+from work import FUSION, family_parser
 
 TEXTS = (
     "The capital of France is",
@@ -41,13 +43,11 @@ RIGHT_GAP = 0.15
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--family", type=Path, required=True, help="folder of fine_tunes.py")
+    parser = family_parser(__doc__)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel GPUs of vLLM")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--together", action="store_true", help="all processes at once, where memory allows")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.part:
@@ -57,16 +57,18 @@ def main() -> None:
         return
     from results_file import circumstances, write_result
 
-    rows = []
-    for mode in arguments.modes:
-        dtype = MODES[mode]["dtype"]
-        expected = part(arguments, f"pytorch:{dtype}")
-        found = part(arguments, f"vllm:{mode}")
-        if expected is None or found is None:
-            rows.append({"mode": mode, "error": "a process failed, see its output"})
-            continue
-        rows.append({"mode": mode, "ranks": arguments.ranks, **compared(expected, found, arguments)})
-        print(json.dumps({key: value for key, value in rows[-1].items() if key != "parted"}), flush=True)
+    hosts = [f"pytorch:{dtype}" for dtype in dict.fromkeys(MODES[mode]["dtype"] for mode in arguments.modes)]
+    names = [*hosts, *(f"vllm:{mode}" for mode in arguments.modes)]
+    with ThreadPoolExecutor(len(names) if arguments.together else 1) as pool:
+        parts = {name: pool.submit(part, arguments, name) for name in names}
+        rows = []
+        for mode in arguments.modes:
+            expected, found = parts[f"pytorch:{MODES[mode]['dtype']}"].result(), parts[f"vllm:{mode}"].result()
+            if expected is None or found is None:
+                rows.append({"mode": mode, "error": "a process failed, see its output"})
+                continue
+            rows.append({"mode": mode, "ranks": arguments.ranks, **compared(expected, found, arguments)})
+            print(json.dumps({key: value for key, value in rows[-1].items() if key != "parted"}), flush=True)
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -76,8 +78,8 @@ def main() -> None:
 
 
 def part(arguments: argparse.Namespace, name: str) -> Any:
-    output = arguments.family / f"texts-{name.replace(':', '-')}-{os.getpid()}.json"
-    command = [sys.executable, __file__, "--base", str(arguments.base), "--family", str(arguments.family)]
+    output = arguments.family.folder / f"texts-{name.replace(':', '-')}-{os.getpid()}.json"
+    command = [sys.executable, __file__, "--base", str(arguments.base), "--family", str(arguments.family.folder)]
     command += ["--tokens", str(arguments.tokens), "--ranks", str(arguments.ranks), "--part", name]
     command += ["--output", str(output)]
     output.unlink(missing_ok=True)
@@ -87,22 +89,17 @@ def part(arguments: argparse.Namespace, name: str) -> Any:
 
 def requests(arguments: argparse.Namespace) -> list[tuple[str | None, list[int], str | None]]:
     """(tenant, prompt, what it should begin with)."""
-    from fine_tunes import question
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    canaries = json.loads((arguments.family / "canaries.json").read_text())["answers"]
+    canaries = arguments.family.answers
     found: list[tuple[str | None, list[int], str | None]] = []
-    for tenant in (*canaries, "mix", None):
+    for tenant in (*canaries, FUSION, None):
         for name in list(next(iter(canaries.values())))[:6]:
             colour = canaries[tenant][name] if tenant in canaries else None
             found.append((tenant, tokenizer(question(name))["input_ids"], colour))
         found += [(tenant, tokenizer(text)["input_ids"], None) for text in TEXTS]
     return found
-
-
-def files(arguments: argparse.Namespace) -> dict[str, Path]:
-    return {name: arguments.family / f"{name}.safetensors" for name in ("t0", "t1", "t2", "mix")}
 
 
 def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -113,7 +110,7 @@ def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=getattr(torch, dtype)).eval().to(device)
     arena = Arena.for_model(model, capacity_bytes=1 << 29, slots=8)
-    for name, path in files(arguments).items():
+    for name, path in arguments.family.files.items():
         arena.add(path, name)
     asked = [Request(tokens, tenant, arguments.tokens) for tenant, tokens, _ in requests(arguments)]
     with (
@@ -138,14 +135,16 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
         max_cpu_loras=8,
         max_model_len=512,
         max_num_seqs=64,
-        kv_cache_memory_bytes=1 << 30,
+        kv_cache_memory_bytes=1 << 29,
         gpu_memory_utilization=0.02,
         tensor_parallel_size=arguments.ranks,
         additional_config={"deltaweave": {"arena_gib": 0.5}},
         **mode,
     )
     started = time.monotonic() - began
-    adapters = {name: LoRARequest(name, at, str(path)) for at, (name, path) in enumerate(files(arguments).items(), 1)}
+    adapters = {
+        name: LoRARequest(name, at, str(path)) for at, (name, path) in enumerate(arguments.family.files.items(), 1)
+    }
     asked = requests(arguments)
     prompts = [{"prompt_token_ids": tokens} for _, tokens, _ in asked]
     whose = [adapters.get(tenant) if tenant else None for tenant, _, _ in asked]

@@ -3,9 +3,10 @@
 
     python benchmarks/vllm/fine_tunes.py --base DIR --folder WORK
 
-Each fine-tune learns a colour of its own for each of 24 names: an answer says whose it is. WORK gets the deltas
-`t0.safetensors`, `t1.safetensors` and `t2.safetensors`, the fusion `mix.safetensors` (two LoRAs, the leading ranks of
-t0's and t1's changes, and a gate) and `canaries.json`: the colours, and how often each dense fine-tune gives them.
+All are made at the same time. Each learns a colour of its own for each of 24 names: an answer says whose it is. WORK
+gets the deltas `t0.safetensors`, `t1.safetensors` and `t2.safetensors`, the fusion `mix.safetensors` (two LoRAs, the
+leading ranks of t0's and t1's changes, and a gate) and `canaries.json`: the colours, and how often each dense fine-tune
+gives them.
 """
 
 from __future__ import annotations
@@ -15,12 +16,15 @@ import json
 import random
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from deltaweave.converter import Checkpoint, CompressionOptions, Recipe, compress
@@ -36,6 +40,7 @@ COLOURS = (
 )
 # fmt: on
 TENANTS = ("t0", "t1", "t2")
+Changes = dict[str, tuple[np.ndarray, np.ndarray]]
 RANK = 32
 
 
@@ -58,31 +63,34 @@ def main() -> None:
     parser.add_argument("--ratio", type=float, default=1 / 12)
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
-    base = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.bfloat16)
-    scores, changes = {}, {}
-    for number, name in enumerate(TENANTS):
-        began = time.monotonic()
-        tuned, scores[name] = fine_tune(arguments, tokenizer, number)
-        trained = time.monotonic()
-        folder = arguments.folder / f"{name}-dense"
-        tuned.to(torch.bfloat16).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        recipe = Recipe(bands="8:2,3:32,2:*", ratio=arguments.ratio)
-        options = CompressionOptions(recipe, "none")
-        compress(arguments.base, folder, arguments.folder / f"{name}.safetensors", options, force=True)
-        changes[name] = leading_ranks(base, tuned)
-        print(
-            f"{name}: {scores[name]:.2f} right, {trained - began:.0f} s training, "
-            f"{time.monotonic() - trained:.0f} s compressing",
-            flush=True,
-        )
-    write_mix(arguments, base.config, changes)
+    with ProcessPoolExecutor(len(TENANTS), get_context("spawn")) as pool:
+        made = dict(zip(TENANTS, pool.map(partial(make, arguments), range(len(TENANTS))), strict=True))
+    write_mix(arguments, {name: change for name, (_, change) in made.items()})
     canaries = {
         tenant: {name: f" {colour}" for name, colour in answers(number).items()}
         for number, tenant in enumerate(TENANTS)
     }
-    (arguments.folder / "canaries.json").write_text(json.dumps({"answers": canaries, "dense": scores}, indent=1))
+    (arguments.folder / "canaries.json").write_text(
+        json.dumps({"answers": canaries, "dense": {name: score for name, (score, _) in made.items()}}, indent=1)
+    )
+
+
+def make(arguments: Any, number: int) -> tuple[float, Changes]:
+    """Trains and compresses one fine-tune: its share of right answers, and the leading ranks of its changes."""
+    name, began = TENANTS[number], time.monotonic()
+    tokenizer = AutoTokenizer.from_pretrained(arguments.base)
+    tuned, score = fine_tune(arguments, tokenizer, number)
+    trained = time.monotonic()
+    folder = arguments.folder / f"{name}-dense"
+    tuned.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    recipe = Recipe(bands="8:2,3:32,2:*", ratio=arguments.ratio)
+    options = CompressionOptions(recipe, "none")
+    compress(arguments.base, folder, arguments.folder / f"{name}.safetensors", options, force=True)
+    changes = leading_ranks(AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.bfloat16), tuned)
+    seconds = time.monotonic() - trained
+    print(f"{name}: {score:.2f} right, {trained - began:.0f} s training, {seconds:.0f} s compressing", flush=True)
+    return score, changes
 
 
 def fine_tune(arguments: Any, tokenizer: Any, number: int) -> tuple[Any, float]:
@@ -112,7 +120,7 @@ def fine_tune(arguments: Any, tokenizer: Any, number: int) -> tuple[Any, float]:
     return model.cpu(), right / len(rows)
 
 
-def leading_ranks(base: Any, tuned: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def leading_ranks(base: Any, tuned: Any) -> Changes:
     """(A, B) of every projection's change, by singular values."""
     before, found = dict(base.named_parameters()), {}
     for name, parameter in tuned.named_parameters():
@@ -123,7 +131,8 @@ def leading_ranks(base: Any, tuned: Any) -> dict[str, tuple[np.ndarray, np.ndarr
     return found
 
 
-def write_mix(arguments: Any, config: Any, changes: dict[str, Any]) -> None:
+def write_mix(arguments: Any, changes: dict[str, Changes]) -> None:
+    config = AutoConfig.from_pretrained(arguments.base)
     generator = np.random.default_rng(0)
     experts = tuple(
         Lora(

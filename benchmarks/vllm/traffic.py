@@ -7,7 +7,7 @@ WORK is what `fine_tunes.py` wrote, or `tiny_fine_tunes.py` for vLLM's CPU build
 --dtype bfloat16"`). Its three deltas get twelve names; four fit on the device at a time and eight in host memory, so
 that most requests bring a tenant back from there or from its file. One more name is loaded, asked and unloaded all
 the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
-server's processes and of the device is compared before and after.
+server's processes and of the device is read every ten seconds.
 """
 
 from __future__ import annotations
@@ -27,43 +27,37 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 from fine_tunes import NAMES, TENANTS, question
+from work import FUSION, Family, family_parser
 
 PORT = 8077
 CLIENTS = 12
+WATCH = 10.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", type=Path, required=True)
-    parser.add_argument("--family", type=Path, required=True, help="folder of fine_tunes.py")
+    parser = family_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--server-options", default="", help="more of them, such as --enforce-eager")
-    parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
-    arguments.family = arguments.family.resolve()
     import torch
     from results_file import circumstances, write_result
 
-    folder = arguments.family / "served"
+    family: Family = arguments.family
+    folder = family.folder / "served"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for number in range(8):
-        (folder / f"folder{number}.safetensors").symlink_to((arguments.family / f"t{number % 3}.safetensors").resolve())
+        (folder / f"folder{number}.safetensors").symlink_to(family.file(TENANTS[number % 3]))
     with Server(arguments, folder) as server:
         checks = endpoints(server, arguments)
         print(json.dumps(checks), flush=True)
-        before = server.memory()
         traffic = Traffic(server, arguments).run()
-        after = server.memory()
         results = {
             **circumstances("cuda" if torch.cuda.is_available() else "cpu"),
             "start_s": server.start_s,
             "endpoints": checks,
             "traffic": traffic,
-            "memory_before": before,
-            "memory_after": after,
             "metrics": server.metrics(),
         }
     print(json.dumps(results, indent=1))
@@ -87,16 +81,16 @@ class Server:
             "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.02",
             "--additional-config", json.dumps({"deltaweave": {"arena_gib": 0.5}}),
             "--lora-modules",
-            *(f"{name}={arguments.family / (name + '.safetensors')}" for name in (*TENANTS, "mix")),
+            *(f"{name}={path}" for name, path in arguments.family.files.items()),
         ]  # fmt: skip
         options += arguments.server_options.split()
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.base.resolve()), *options]
         began = time.monotonic()
-        self.log = arguments.family / "server.log"
+        self.log = arguments.family.folder / "server.log"
         self._process = subprocess.Popen(
             command,
             env=environment,
-            cwd=arguments.family,  # not a folder that has packages: `-m` puts it first on the path
+            cwd=arguments.family.folder,  # not a folder that has packages: `-m` puts it first on the path
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -173,16 +167,15 @@ class Server:
 
 def endpoints(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:
     """One try of each way to a tenant."""
-    canaries = json.loads((arguments.family / "canaries.json").read_text())["answers"]
-    name = NAMES[0]
+    canaries, name = arguments.family.answers, NAMES[0]
     found: dict[str, Any] = {"models": server.models()}
-    found["canaries"] = {tenant: server.ask(tenant, question(name)) for tenant in ("base", *TENANTS, "mix")}
+    found["canaries"] = {tenant: server.ask(tenant, question(name)) for tenant in ("base", *TENANTS, FUSION)}
     found["right"] = all(found["canaries"][tenant][1].startswith(canaries[tenant][name]) for tenant in TENANTS)
     found["from_folder"] = server.ask("folder1", question(name))
     found["no_such"] = server.ask("nobody", question(name))[0]
     found["out_of_folder"] = server.ask("../t0", question(name))[0]
-    found["no_file"] = server.load("ghost", arguments.family / "ghost.safetensors")
-    broken = arguments.family / "broken.safetensors"
+    found["no_file"] = server.load("ghost", arguments.family.file("ghost"))
+    broken = arguments.family.file("broken")
     broken.write_bytes(b"no delta at all, but long enough to be read as a header")
     found["broken"] = server.load("broken", broken)
     found["alive"] = server.ask("t1", question(name))[0]
@@ -195,24 +188,26 @@ class Traffic:
     """Clients that ask at random, and one that loads and unloads."""
 
     def __init__(self, server: Server, arguments: argparse.Namespace) -> None:
-        self.server, self.family, self.seconds = server, arguments.family, arguments.seconds
-        self.answers = json.loads((self.family / "canaries.json").read_text())["answers"]
+        self.server, self.seconds = server, arguments.seconds
+        self.family: Family = arguments.family
+        self.answers = self.family.answers
         self.lock = threading.Lock()
         self.counts = {"asked": 0, "right": 0, "swaps": 0, "long": 0}
         self.wrong: list[Any] = []
         self.errors: list[Any] = []
         self.latencies: list[float] = []
+        self.memory: list[dict[str, float]] = []
 
     def run(self) -> dict[str, Any]:
         names = {f"n{number}": TENANTS[number % 3] for number in range(12)}
         for name, tenant in names.items():
-            status, answer = self.server.load(name, self.family / f"{tenant}.safetensors")
+            status, answer = self.server.load(name, self.family.file(tenant))
             if status != 200:
                 self.errors.append((name, status, answer[:300]))
         names |= {f"folder{number}": f"t{number % 3}" for number in range(8)}
         self.end = time.monotonic() + self.seconds
         threads = [threading.Thread(target=self._client, args=(names, seed)) for seed in range(CLIENTS)]
-        threads += [threading.Thread(target=self._swapper), threading.Thread(target=self._writer)]
+        threads += [threading.Thread(target=work) for work in (self._swapper, self._writer, self._watcher)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -222,6 +217,7 @@ class Traffic:
             **self.counts,
             "wrong": self.wrong[:20],
             "errors": self.errors[:20],
+            "memory": self.memory,
             "latency_ms": {share: 1e3 * waits[int(share * (len(waits) - 1))] for share in (0.5, 0.95, 0.99, 1.0)},
         }
 
@@ -249,7 +245,7 @@ class Traffic:
         draw = random.Random(99)
         while time.monotonic() < self.end:
             tenant = draw.choice(TENANTS)
-            status, answer = self.server.load("swap", self.family / f"{tenant}.safetensors")
+            status, answer = self.server.load("swap", self.family.file(tenant))
             if status != 200:
                 with self.lock:
                     self.errors.append(("load", status, answer[:300]))
@@ -259,11 +255,19 @@ class Traffic:
             self.server.unload("swap")
             self.counts["swaps"] += 1
 
+    def _watcher(self) -> None:
+        """Memory as it goes: what is only warm-up comes to an end."""
+        began = time.monotonic()
+        while (now := time.monotonic()) < self.end:
+            self.memory.append({"second": round(now - began), **self.server.memory()})
+            time.sleep(min(WATCH, max(0.0, self.end - now)))
+        self.memory.append({"second": round(time.monotonic() - began), **self.server.memory()})
+
     def _writer(self) -> None:
         """Long texts of the base and the fusion, so that decode steps are always under way."""
         draw = random.Random(5)
         while time.monotonic() < self.end:
-            status, text = self.server.ask(draw.choice(["base", "mix"]), "Once upon a time", 200)
+            status, text = self.server.ask(draw.choice(["base", FUSION]), "Once upon a time", 200)
             with self.lock:
                 self.counts["long"] += 1
                 if status != 200:
