@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from deltaweave.runtime_plugin.records import ServedRecord
 from deltaweave.runtime_plugin.tables import EMBEDDING
 from torch import nn
 
-__all__ = ["Arena", "ArenaError", "FusionWork", "OpenStep", "SlotSettings"]
+__all__ = ["Arena", "ArenaError", "FusionWork", "HeldTenant", "OpenStep", "SlotSettings"]
 
 ALIGNMENT = 256
 # Eight LoRAs of rank 64 fit, however small the model is.
@@ -39,8 +39,8 @@ class ArenaError(DeltaweaveError, ValueError):
 
 
 @dataclass
-class _Entry:
-    """A tenant, its bytes on the host, and its place in the arena if it has one.
+class HeldTenant:
+    """A tenant, its bytes on the host, and its place in the arena if it has one; `Arena.read` makes them.
 
     Attributes:
         experts: of a fusion, those that are deltas, by their places; they come and stay with it.
@@ -52,10 +52,10 @@ class _Entry:
     slot: int | None = None
     ready: Ready | None = None
     pins: int = 0
-    experts: dict[int, _Entry] = field(default_factory=dict)
+    experts: dict[int, HeldTenant] = field(default_factory=dict)
 
     @property
-    def parts(self) -> list[_Entry]:
+    def parts(self) -> list[HeldTenant]:
         """Everything that needs a slot for it to be served."""
         return [self, *self.experts.values()]
 
@@ -153,7 +153,7 @@ class Arena:
             max_rank=max_rank,
         )
         weakref.finalize(self, self._book.close)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, HeldTenant] = {}
         self._open_steps: deque[tuple[int, torch.cuda.Event]] = deque()
 
     @classmethod
@@ -227,16 +227,44 @@ class Arena:
             ArenaError: the name is taken.
             ArenaFullError: it cannot fit beside the tenants that are pinned or in use. It is then no tenant.
         """
-        if isinstance(source, Delta):
-            return self._add_delta(source, name, accept_base)
-        if isinstance(source, Fusion):
-            if name is None:
-                raise ArenaError("a fusion that was read has no name: give it one")
-            return self._add_fusion(source, Path(name), name, accept_base)
-        with open_tenant(source) as opened:
+        if isinstance(source, Fusion) and name is None:
+            raise ArenaError("a fusion that was read has no name: give it one")
+        path = _path(source, name)
+        chosen = path.name.partition(".")[0] if name is None else name
+        self._require_free(path, chosen)
+        return self.admit(self.read(source, chosen, accept_base=accept_base))
+
+    def read(self, source: Delta | Fusion | str | Path, name: str, *, accept_base: bool = False) -> HeldTenant:
+        """The first half of `add`: a tenant in host memory, checked, that `admit` makes one of the arena's.
+
+        This half may be done by any thread, beside steps and beside everything else.
+
+        Raises:
+            AttachError, ArenaFullError: as `add`.
+        """
+        with nullcontext(source) if isinstance(source, (Delta, Fusion)) else open_tenant(source) as opened:
             if isinstance(opened, Delta):
-                return self._add_delta(opened, name, accept_base)
-            return self._add_fusion(opened, Path(source), name, accept_base)
+                return self._held(load_tenant(self.table, opened, name, accept_base=accept_base))
+            return self._held(load_fusion(self.table, opened, name, _path(source, name), accept_base=accept_base))
+
+    def admit(self, held: HeldTenant) -> Tenant:
+        """The second half: the tenant is there from now on, and its bytes go to the device.
+
+        Raises:
+            ArenaError, ArenaFullError: as `add`.
+        """
+        tenant = held.tenant
+        self._require_free(tenant.path, tenant.name)
+        self._entries[tenant.name] = held
+        try:
+            self._bring_together(held.parts)
+        except BaseException:
+            for part in held.parts:
+                if part.slot is not None:
+                    self._release(part)
+            del self._entries[tenant.name]
+            raise
+        return tenant
 
     def remove(self, name: str) -> None:
         """Forgets a tenant, on the host too.
@@ -350,42 +378,25 @@ class Arena:
 
     def tenant_bytes(self, name: str) -> int:
         """Device bytes that a tenant takes, a fusion's experts included."""
-        return sum(self._bytes(part.tenant) for part in self._entry(name).parts)
+        return self.held_bytes(self._entry(name))
 
-    def _add_delta(self, delta: Delta, name: str | None, accept_base: bool) -> Tenant:
-        chosen = self._free_name(delta.path, name)
-        return self._admit(load_tenant(self.table, delta, chosen, accept_base=accept_base))
+    def held_bytes(self, held: HeldTenant) -> int:
+        """The same of one that may not be admitted yet."""
+        return sum(self._bytes(part.tenant) for part in held.parts)
 
-    def _add_fusion(self, fusion: Fusion, path: Path, name: str | None, accept_base: bool) -> Tenant:
-        chosen = self._free_name(path, name)
-        return self._admit(load_fusion(self.table, fusion, chosen, path, accept_base=accept_base))
+    def _require_free(self, path: Path, name: str) -> None:
+        if name in self._entries:
+            raise ArenaError(f"{path}: a tenant {name!r} is there already")
 
-    def _free_name(self, path: Path, name: str | None) -> str:
-        chosen = path.name.partition(".")[0] if name is None else name
-        if chosen in self._entries:
-            raise ArenaError(f"{path}: a tenant {chosen!r} is there already")
-        return chosen
-
-    def _admit(self, tenant: Tenant) -> Tenant:
-        """Holds a tenant's bytes and brings them to the device; without room for them it is none."""
+    def _held(self, tenant: Tenant) -> HeldTenant:
+        """Copies a tenant's bytes, if there is room for them in the empty arena."""
         self._require_room(tenant)
-        entry = self._held(tenant)
-        entry.experts = {place: self._held(expert) for place, expert in tenant.experts.items()}
-        self._entries[tenant.name] = entry
-        try:
-            self._bring_together(entry.parts)
-        except BaseException:
-            for part in entry.parts:
-                if part.slot is not None:
-                    self._release(part)
-            del self._entries[tenant.name]
-            raise
-        return tenant
+        experts = {
+            place: HeldTenant(expert, self._uploader.hold(expert.records)) for place, expert in tenant.experts.items()
+        }
+        return HeldTenant(tenant, self._uploader.hold(tenant.records), experts=experts)
 
-    def _held(self, tenant: Tenant) -> _Entry:
-        return _Entry(tenant, self._uploader.hold(tenant.records))
-
-    def _entry(self, name: str) -> _Entry:
+    def _entry(self, name: str) -> HeldTenant:
         if name not in self._entries:
             raise ArenaError(f"no tenant {name!r}; there are {', '.join(sorted(self._entries)) or 'none'}")
         return self._entries[name]
@@ -400,7 +411,7 @@ class Arena:
             for record in part.records:
                 if record.content is not None:
                     self._require_servable(part, record)
-        size, whole = sum(map(self._bytes, parts)), self._book.stats().bytes
+        size, whole = sum(map(self._bytes, parts)), len(self.buffer)
         if size > whole:
             raise ArenaFullError(f"tenant {tenant.name!r} takes {size} bytes, the arena has {whole}")
 
@@ -410,7 +421,7 @@ class Arena:
         except LibraryError as error:
             raise AttachError(f"{tenant.path}: {self.table.name(record.parameter)}: {error}") from error
 
-    def _bring_together(self, entries: Sequence[_Entry]) -> None:
+    def _bring_together(self, entries: Sequence[HeldTenant]) -> None:
         """Gives all of them a slot; none makes room for another."""
         held: list[int] = []
         try:
@@ -422,7 +433,7 @@ class Arena:
             for slot in held:
                 self._book.unpin(slot)
 
-    def _bring(self, entry: _Entry) -> int:
+    def _bring(self, entry: HeldTenant) -> int:
         """Takes a slot, evicting the least recently used tenants that stand in the way, and begins the upload."""
         while True:
             try:
@@ -454,7 +465,7 @@ class Arena:
         parts = (part for entry in self._entries.values() for part in entry.parts)
         self._release(next(part for part in parts if part.slot == victim))
 
-    def _release(self, entry: _Entry) -> None:
+    def _release(self, entry: HeldTenant) -> None:
         assert entry.slot is not None
         if entry.ready is not None:  # its bytes must not go to somebody else while they are being written
             entry.ready.wait()
@@ -463,7 +474,7 @@ class Arena:
         entry.slot = entry.ready = None
         self.evictions += 1
 
-    def _publish(self, entry: _Entry) -> None:
+    def _publish(self, entry: HeldTenant) -> None:
         """Writes a new resident's directory rows behind its upload, in the current stream's order."""
         if entry.slot is None or entry.ready is None:
             return
@@ -482,7 +493,14 @@ class Arena:
         return ended
 
 
-def _slots(entries: Iterable[_Entry]) -> list[int]:
+def _path(source: Delta | Fusion | str | Path, name: str | None) -> Path:
+    """Of a tenant's file, for errors; a fusion that was read does not know its own."""
+    if isinstance(source, Delta):
+        return source.path
+    return Path(name or "") if isinstance(source, Fusion) else Path(source)
+
+
+def _slots(entries: Iterable[HeldTenant]) -> list[int]:
     """Of those that have one."""
     return [entry.slot for entry in entries if entry.slot is not None]
 

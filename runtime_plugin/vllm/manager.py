@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,13 @@ from deltaweave.formats import DeltaweaveError
 from deltaweave.runtime_plugin.pytorch import Arena
 from deltaweave.runtime_plugin.pytorch.arena import FUSION_RANK
 from deltaweave.runtime_plugin.vllm.layers import serve
-from deltaweave.runtime_plugin.vllm.metrics import counts_file
+from deltaweave.runtime_plugin.vllm.metrics import counts_file, remove_at_exit
 from deltaweave.runtime_plugin.vllm.options import OptionError, Options, arena_bytes
 from deltaweave.runtime_plugin.vllm.step import Step
 from deltaweave.runtime_plugin.vllm.table import BaseFiles, RankTable
 from deltaweave.runtime_plugin.vllm.tenants import Adapter, Tenants
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.exceptions import LoRAAdapterNotFoundError
 from vllm.logger import init_logger
@@ -51,7 +54,7 @@ class TenantManager:
             raise OptionError(f"{type(model).__name__} is not served, expected one of {', '.join(FAMILIES)}")
         lora, options = self._config.lora_config, self._options
         rank, ranks = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        table = RankTable(BaseFiles(_folder(self._config.model_config)), rank, ranks)
+        table = RankTable(_base_files(self._config), rank, ranks)
         size = arena_bytes(options, table, lora.max_loras)
         arena = Arena(
             table,
@@ -64,6 +67,7 @@ class TenantManager:
         self._tenants = Tenants(step, at_once=lora.max_loras, most=lora.max_cpu_loras, accept_base=options.accept_base)
         if rank == 0 and self._config.parallel_config.data_parallel_index == 0:
             self._tenants.counts.file = counts_file(self._config.instance_id)
+            remove_at_exit(self._tenants.counts.file)
         serve(model, step, table)
         logger.info(
             "deltaweave: %.2f GiB for tenants on rank %d of %d, %d in a step, %d in host memory",
@@ -84,15 +88,40 @@ class TenantManager:
             self._tenants.warm(whole or any(mapping.index_mapping))
 
     def add_adapter(self, request: Any) -> bool:
-        """Loads a tenant."""
-        if request.load_inplace:
-            raise OptionError(f"{request.lora_name}: load_inplace is not supported: unload it and load it again")
-        if not Path(request.lora_path).exists():
-            raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
-        loaded = self._tenants.add(_adapter(request))
-        if loaded:
-            logger.info("deltaweave: loaded %s from %s", request.lora_name, request.lora_path)
+        """Loads a tenant, between two steps."""
+        _require_loadable(request)
+        if self._tenants.add(_adapter(request)):
+            _log_loaded(request)
         return True
+
+    def begin_to_add(self, request: Any) -> Future[bool]:
+        """Loads a tenant beside the steps; what is wrong with it, the result raises."""
+        _require_loadable(request)
+        self._tenants.admit_finished()
+        reading, loaded = self._tenants.read_ahead(_adapter(request)), Future[bool]()
+
+        def finish(read: Future[Any]) -> None:
+            if error := read.exception():
+                loaded.set_exception(error)
+                return
+            _log_loaded(request)
+            loaded.set_result(True)
+
+        if reading is None:
+            loaded.set_result(True)
+        else:
+            reading.add_done_callback(finish)
+        return loaded
+
+    def await_tenant(self, request: Any) -> None:
+        """Returns when a request's tenant is at hand; may be called by any thread.
+
+        Raises:
+            DeltaweaveError: it cannot be had, a file that is gone included.
+        """
+        reading = self._tenants.read_ahead(_adapter(request))
+        if reading is not None:
+            reading.result()
 
     def remove_adapter(self, adapter_id: int) -> bool:
         """Forgets a tenant."""
@@ -137,6 +166,17 @@ def _adapter(request: Any) -> Adapter:
     return Adapter(request.lora_int_id, request.lora_name, request.lora_path)
 
 
+def _require_loadable(request: Any) -> None:
+    if request.load_inplace:
+        raise OptionError(f"{request.lora_name}: load_inplace is not supported: unload it and load it again")
+    if not Path(request.lora_path).exists():
+        raise LoRAAdapterNotFoundError(request.lora_name, request.lora_path)
+
+
+def _log_loaded(request: Any) -> None:
+    logger.info("deltaweave: loaded %s from %s", request.lora_name, request.lora_path)
+
+
 def _require_supported(config: Any) -> None:
     parallel, model = config.parallel_config, config.model_config
     for found, what in (
@@ -149,13 +189,16 @@ def _require_supported(config: Any) -> None:
             raise OptionError(f"{what} is not supported with --quantization deltaweave")
 
 
-def _folder(model: Any) -> Path:
-    """Of the base's checkpoint: as it was named, or where the hub's files were put."""
+def _base_files(config: Any) -> BaseFiles:
+    """Of the checkpoint: as it was named, or where the hub's files were put."""
+    model = config.model_config
     if os.path.isdir(model.model):  # noqa: PTH112  # a name of the hub is no path
-        return Path(model.model)
-    from huggingface_hub import snapshot_download
-
+        return BaseFiles(Path(model.model))
     try:
-        return Path(snapshot_download(model.model, revision=model.revision, local_files_only=True))
+        folder = snapshot_download(
+            model.model, revision=model.revision, cache_dir=config.load_config.download_dir, local_files_only=True
+        )
+        # vLLM puts weights alone into --download-dir.
+        return BaseFiles(Path(folder), AutoConfig.from_pretrained(model.model, revision=model.revision))
     except Exception as error:  # whatever the hub's client raises
         raise DeltaweaveError(f"{model.model}: the base's files are not at hand ({error})") from error

@@ -9,15 +9,21 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import Any
 
-__all__ = ["TenantCollector", "TenantCounts", "counts_file"]
+__all__ = ["TenantCollector", "TenantCounts", "counts_file", "remove_at_exit"]
 
 
 def counts_file(instance: str) -> Path:
     """Where the first worker of a vLLM instance keeps its counts; every process knows the instance's name."""
     return Path(tempfile.gettempdir()) / f"deltaweave-vllm-{os.getuid()}-{instance}.json"
+
+
+def remove_at_exit(file: Path) -> None:
+    """When this process ends, unless it is killed; also one that multiprocessing started, where atexit does nothing."""
+    Finalize(None, file.unlink, kwargs={"missing_ok": True}, exitpriority=0)
 
 
 @dataclass
@@ -66,11 +72,12 @@ class TenantCounts:
 
 
 class TenantCollector:
-    """A Prometheus collector that reads the counts when it is asked."""
+    """A Prometheus collector that reads the counts when it is asked, and takes their file away at the process's end."""
 
     def __init__(self, instance: str, model: str) -> None:
         """`model`: the label that vLLM's own metrics have."""
         self._file, self._model = counts_file(instance), model
+        remove_at_exit(self._file)
 
     def collect(self) -> Iterator[Any]:
         """One family of samples a count; none before there is a worker."""

@@ -2,15 +2,20 @@
 """All that is done to vLLM, in one place.
 
 Through its own extension points: a quantization method, whose name switches this host on, and a resolver for folders of
-tenants. Two of its functions have no such point and are wrapped here, for the version that `require_version` checks:
+tenants. Some of its functions have no such point and are wrapped here, for the version that `require_version` checks:
 
     LRUCacheWorkerLoRAManager   what a model runner makes to hold adapters; ours is made where the method is deltaweave
     _gen_lora_extra_hash_keys   a prefix cache's key for a request: an adapter's id is added to its name, because a name
                                 may be unloaded and loaded again with another file
+    EngineCoreProc              where the worker lives in the engine's process: `add_lora` gives a future, for which
+                                vLLM answers when it is there, and `preprocess_add_request`, which vLLM calls in the
+                                thread that receives requests, lets a request wait for its tenant's file; steps go on
+                                meanwhile, and if the file is gone, that request alone fails
 """
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from deltaweave.runtime_plugin.vllm.quantization import NAME, DeltaweaveConfig
@@ -34,6 +39,7 @@ def install() -> None:
     register_folder()
     _wrap_prefix_keys()
     _wrap_manager()
+    _wrap_engine()
 
 
 def _wrap_prefix_keys() -> None:
@@ -59,3 +65,32 @@ def _wrap_manager() -> None:
         return TenantManager(vllm_config, device)
 
     mixin.LRUCacheWorkerLoRAManager = manager
+
+
+def _wrap_engine() -> None:
+    from vllm.v1.engine.core import EngineCoreProc
+
+    stock_add, stock_preprocess = EngineCoreProc.add_lora, EngineCoreProc.preprocess_add_request
+
+    @wraps(stock_add)  # vLLM reads the signature
+    def add(engine: Any, lora_request: Any) -> Any:
+        manager = _manager_beside(engine)
+        return stock_add(engine, lora_request) if manager is None else manager.begin_to_add(lora_request)
+
+    @wraps(stock_preprocess)
+    def preprocess(engine: Any, request: Any) -> Any:
+        manager = None if request.lora_request is None else _manager_beside(engine)
+        if manager is not None:
+            manager.await_tenant(request.lora_request)
+        return stock_preprocess(engine, request)
+
+    EngineCoreProc.add_lora, EngineCoreProc.preprocess_add_request = add, preprocess
+
+
+def _manager_beside(engine: Any) -> Any:
+    """The manager of tenants, if there is one in the engine's own process."""
+    from vllm.v1.executor.uniproc_executor import UniProcExecutor
+
+    if engine.vllm_config.model_config.quantization != NAME or type(engine.model_executor) is not UniProcExecutor:
+        return None
+    return engine.model_executor.driver_worker.model_runner.lora_manager

@@ -31,15 +31,17 @@ class BaseFiles:
     """A checkpoint's folder; vLLM's own tensors are fused and cut, and say nothing of the whole.
 
     Attributes:
-        folder: with config.json and safetensors, if it has weights at all.
+        folder: with safetensors, if it has weights at all.
+        settings: of the model, where config.json lies elsewhere; None to read it from the folder.
     """
 
     folder: Path
+    settings: PretrainedConfig | None = None
 
     @cached_property
     def config(self) -> PretrainedConfig:
         """Of the base."""
-        return AutoConfig.from_pretrained(self.folder)
+        return AutoConfig.from_pretrained(self.folder) if self.settings is None else self.settings
 
     @cached_property
     def files(self) -> dict[str, Path]:

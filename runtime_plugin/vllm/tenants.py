@@ -3,44 +3,28 @@
 
 from __future__ import annotations
 
-import time
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
 import torch
-from deltaweave.formats import open_tenant
 from deltaweave.runtime_plugin.library import ArenaFullError
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError
-from deltaweave.runtime_plugin.pytorch.arena import OpenStep
+from deltaweave.runtime_plugin.pytorch.arena import HeldTenant, OpenStep
 from deltaweave.runtime_plugin.vllm.metrics import TenantCounts
+from deltaweave.runtime_plugin.vllm.reader import Adapter, TenantReader
 from deltaweave.runtime_plugin.vllm.step import Step
 from numpy.typing import NDArray
 
 __all__ = ["Adapter", "Tenants"]
 
 
-@dataclass(frozen=True)
-class Adapter:
-    """What a request says of its tenant.
-
-    Attributes:
-        id: that vLLM gave it, above 0; another one for every time that a name is loaded.
-        name: the model's name in a request.
-        path: of its file.
-    """
-
-    id: int
-    name: str
-    path: str
-
-
 class Tenants:
     """All tenants of a worker.
 
-    Not thread-safe; vLLM calls its workers one call after another.
+    Not thread-safe, for vLLM calls its workers one call after another; but `read_ahead` may be called by any thread.
 
     Attributes:
         counts: for metrics.
@@ -62,6 +46,7 @@ class Tenants:
         self._sizes: dict[int, int] = {}  # of all that may be asked for, forgotten ones too
         self._idle: set[int] = set()  # stand-ins of warm-up: they compute as the base
         self._open: OpenStep | None = None
+        self._reader = TenantReader(self._read)
 
     @property
     def arena(self) -> Arena:
@@ -71,7 +56,22 @@ class Tenants:
     @property
     def ids(self) -> set[int]:
         """Of all tenants in host memory, and of stand-ins."""
-        return {*self._adapters, *self._idle}
+        return {*self._adapters, *self._idle, *(adapter.id for adapter in self._reader.finished())}
+
+    def read_ahead(self, adapter: Adapter) -> Future[HeldTenant] | None:
+        """Begins to read a tenant's file beside the steps; `add` and `begin` wait for it.
+
+        Returns:
+            what comes, or raises what `add` would; None for a tenant that is there.
+
+        Raises:
+            ArenaError: the id is another tenant's.
+        """
+        known = self._adapters.get(adapter.id)
+        if known is None:
+            return self._reader.begin(adapter)
+        known.require_same(adapter)
+        return None
 
     def add(self, adapter: Adapter) -> bool:
         """Reads a tenant's file into host memory and begins its upload; whether it was not there.
@@ -82,27 +82,27 @@ class Tenants:
             FormatError: no such file, or not a delta or a fusion.
         """
         if adapter.id in self._adapters:
-            if self._adapters[adapter.id] != adapter:
-                raise ArenaError(
-                    f"adapter {adapter.id} is {self._adapters[adapter.id].name!r} and was to be {adapter.name!r} of "
-                    f"{adapter.path} too: unload a model before its name is loaded again, run one API server, give "
-                    "every LoRARequest an id of its own"
-                )
+            self._adapters[adapter.id].require_same(adapter)
             self._adapters.move_to_end(adapter.id)
             return False
         self._close()
-        began = time.monotonic()
-        self._load(adapter)
-        self.counts.loaded(time.monotonic() - began)
+        self._admit(adapter)
         self._count()
         return True
+
+    def admit_finished(self) -> None:
+        """Makes tenants of what was read ahead, so that it counts among the most that host memory may have."""
+        self._close()
+        for adapter in self._reader.finished():
+            self._admit(adapter)
 
     def remove(self, adapter_id: int) -> bool:
         """Forgets a tenant; whether it was there."""
         self._idle.discard(adapter_id)
+        read = self._reader.drop(adapter_id)
         self._sizes.pop(adapter_id, None)
         if adapter_id not in self._adapters:
-            return False
+            return read
         self._close()
         self._forget(adapter_id)
         self._count()
@@ -129,7 +129,7 @@ class Tenants:
         Raises:
             ArenaError: an id that no request names, or that is another tenant's already.
         """
-        self._close()
+        self.admit_finished()
         ids = [adapter_id for adapter_id in dict.fromkeys((*tokens, *sampled)) if adapter_id]
         served = [adapter_id for adapter_id in ids if adapter_id not in self._idle]
         for adapter_id in served:
@@ -145,29 +145,23 @@ class Tenants:
         """For a step of stand-ins: whether the tenants' kernels run, as they would with tenants."""
         self.step.active = active
 
-    def _load(self, adapter: Adapter) -> None:
-        name = str(adapter.id)
-        with open_tenant(Path(adapter.path)) as opened:
-            self.arena.add(opened, name, accept_base=self._accept_base)
-        try:
-            self._require_room(adapter)
-        except ArenaError:
-            self.arena.remove(name)
-            raise
+    def _read(self, adapter: Adapter) -> HeldTenant:
+        """In the reader's thread, one tenant after another; steps go on and see nothing of it."""
+        held = self.arena.read(Path(adapter.path), str(adapter.id), accept_base=self._accept_base)
+        self._require_servable(adapter, held)
+        self._sizes[adapter.id] = self._require_room(adapter, held)
+        return held
+
+    def _admit(self, adapter: Adapter) -> None:
+        held, seconds = self._reader.take(adapter)
+        self.arena.admit(held)
         self._adapters[adapter.id] = adapter
+        self.counts.loaded(seconds)
         while len(self._adapters) > self._most:
             self._forget(next(iter(self._adapters)))
 
-    def _require_room(self, adapter: Adapter) -> None:
-        """The tenants of any step must fit into the arena together, those too that it has to read again."""
-        size, whole = self.arena.tenant_bytes(str(adapter.id)), self.arena.stats().bytes
-        sizes = sorted({**self._sizes, adapter.id: size}.values(), reverse=True)[: self._at_once]
-        if sum(sizes) > whole:
-            raise ArenaError(
-                f"{adapter.path}: takes {size} bytes; the {len(sizes)} largest tenants, which one step may have, would "
-                f"take {sum(sizes)} of the arena's {whole}: raise arena_gib or lower --max-loras"
-            )
-        tenant = self.arena[str(adapter.id)]
+    def _require_servable(self, adapter: Adapter, held: HeldTenant) -> None:
+        tenant = held.tenant
         if tenant.is_fusion and not self.step.fusions:
             raise ArenaError(f"{adapter.path}: a fusion, and the server was started with fusions off")
         if beyond := [place for place in tenant.experts if place not in self.step.places]:
@@ -175,7 +169,17 @@ class Tenants:
                 f"{adapter.path}: expert {max(beyond)} is a delta, deltas are served as the first "
                 f"{len(self.step.places)} experts only: raise delta_experts to {max(beyond) + 1}"
             )
-        self._sizes[adapter.id] = size
+
+    def _require_room(self, adapter: Adapter, held: HeldTenant) -> int:
+        """The tenants of any step must fit into the arena together, those too that it has to read again."""
+        size, whole = self.arena.held_bytes(held), len(self.arena.buffer)
+        sizes = sorted({**self._sizes, adapter.id: size}.values(), reverse=True)[: self._at_once]
+        if sum(sizes) > whole:
+            raise ArenaError(
+                f"{adapter.path}: takes {size} bytes; the {len(sizes)} largest tenants, which one step may have, would "
+                f"take {sum(sizes)} of the arena's {whole}: raise arena_gib or lower --max-loras"
+            )
+        return size
 
     def _forget(self, adapter_id: int) -> None:
         del self._adapters[adapter_id]

@@ -189,3 +189,25 @@ def test_registration_with_vllm(tmp_path):
         [sys.executable, "-c", REGISTERED], env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0 and "registered" in done.stdout, done.stdout[-2000:] + done.stderr[-4000:]
+
+
+def test_counts_are_taken_away_at_the_end(tmp_path):
+    """Of a process, and of one that multiprocessing started."""
+    files = [tmp_path / name for name in ("own.json", "other.json")]
+    script = """
+import multiprocessing, sys
+from pathlib import Path
+from deltaweave.runtime_plugin.vllm.metrics import TenantCounts, remove_at_exit
+def work(file):
+    counts = TenantCounts(file=file)
+    counts.loaded(1.0)
+    assert file.exists()
+    remove_at_exit(file)
+own, other = map(Path, sys.argv[1:])
+process = multiprocessing.get_context("fork").Process(target=work, args=(other,))
+process.start(); process.join()
+assert process.exitcode == 0
+work(own)
+"""
+    subprocess.run([sys.executable, "-c", script, *map(str, files)], check=True, timeout=120)
+    assert not any(file.exists() for file in files)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from deltaweave.formats import DeltaExpert, DeltaReference, write_fusion
+from deltaweave.formats import DeltaExpert, DeltaReference, FormatError, write_fusion
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError
 from deltaweave.runtime_plugin.vllm.layers import serve
 from deltaweave.runtime_plugin.vllm.step import Step
@@ -190,6 +190,49 @@ def test_the_largest_of_a_step_must_fit(many):
             size += 1
     assert len(server.tenants[0].ids) == size > 0
     check(server, ["t0"], many.alone)
+
+
+def test_read_ahead(many):
+    """Beside steps; what was read counts before it is asked for, and is not read again then."""
+    server = Server(many, at_once=2, most=2)
+    server.add("t0", many.deltas["t0"])
+    tenants = server.tenants[0]
+    assert tenants.read_ahead(server.paths["t0"]) is None
+    for number, name in enumerate(("t1", "t2"), 7):
+        server.paths[name] = Adapter(number, name, str(many.deltas[name]))
+        tenants.read_ahead(server.paths[name]).result()
+    assert tenants.ids == {1, 7, 8} and tenants.counts.loads == 1
+    check(server, ["t1", "t2"], many.alone)
+    assert tenants.ids == {7, 8} and tenants.counts.loads == 3
+    tenants.read_ahead(server.paths["t0"]).result()
+    assert tenants.remove(1) and not tenants.remove(1)
+    check(server, ["t1", "t2"], many.alone)
+    assert tenants.ids == {7, 8} and tenants.counts.loads == 3
+
+
+def test_what_cannot_be_read_ahead_fails_alone(many, tmp_path):
+    server = Server(many)
+    server.add("t0", many.deltas["t0"])
+    gone = server.tenants[0].read_ahead(Adapter(5, "gone", str(tmp_path / "gone.safetensors")))
+    with pytest.raises(FormatError, match="not readable"):
+        gone.result()
+    check(server, ["t0", None], many.alone)
+    with pytest.raises(ArenaError, match="one API server"):
+        server.tenants[0].read_ahead(Adapter(server.paths["t0"].id, "t1", str(many.deltas["t1"])))
+
+
+def test_what_is_read_ahead_must_fit_together(many):
+    server = Server(many)
+    adapters = [Adapter(number, name, str(path)) for number, (name, path) in enumerate(many.deltas.items(), 1)]
+    server.add("t0", many.deltas["t0"])
+    size = server.tenants[0].arena.tenant_bytes("1")
+    small = Server(many, at_once=4, capacity=size * 5 // 2)
+    readings = [small.tenants[0].read_ahead(adapter) for adapter in adapters]
+    assert [reading.exception() is None for reading in readings] == [True, True, False, False]
+    with pytest.raises(ArenaError, match="the 3 largest tenants"):
+        readings[2].result()
+    small.tenants[0].begin([1, 2], [1, 2], {adapter.id: adapter for adapter in adapters})
+    assert small.tenants[0].ids == {1, 2}
 
 
 def test_a_forgotten_tenant_still_counts(tmp_path):
