@@ -63,7 +63,7 @@ class Container:
             FormatError: anything that is not a valid safetensors file without holes.
         """
         self.path, self._data = path, data
-        self.metadata, self.tensors, self.data_start = _parse(data, path)
+        self.metadata, self.tensors = _parse(data, path)
 
     @classmethod
     def open(cls, path: str | Path) -> Container:
@@ -137,7 +137,7 @@ def parse_json(text: bytes, where: str) -> Any:
         raise FormatError(f"{where}: not valid JSON ({str(error).splitlines()[0][:120]})") from error
 
 
-def _parse(data: memoryview, path: Path | str) -> tuple[dict[str, str], dict[str, TensorEntry], int]:
+def _parse(data: memoryview, path: Path | str) -> tuple[dict[str, str], dict[str, TensorEntry]]:
     if len(data) < 8:
         raise FormatError(f"{path}: {len(data)} bytes, too short for a header")
     length = int.from_bytes(data[:8], "little")
@@ -154,7 +154,7 @@ def _parse(data: memoryview, path: Path | str) -> tuple[dict[str, str], dict[str
     start = 8 + length
     tensors = {name: _parse_entry(entry, name, start, len(data), path) for name, entry in header.items()}
     _require_no_holes(tensors, start, len(data), path)
-    return metadata, tensors, start
+    return metadata, tensors
 
 
 def _parse_entry(entry: Any, name: str, start: int, size: int, path: Path | str) -> TensorEntry:

@@ -43,11 +43,6 @@ class TensorInfo(_Strict):
         """The shape with its names replaced."""
         return tuple(chosen[size] if isinstance(size, str) else size for size in self.shape)
 
-    @property
-    def element_bytes(self) -> int:
-        """Bytes of one element."""
-        return ELEMENT_BYTES[self.dtype]
-
 
 class ParameterInfo(_Strict):
     """A parameter of the base that fine-tunes may change, in the directory's order."""
