@@ -145,10 +145,3 @@ def test_missed_target_is_an_error_and_leaves_nothing_to_reuse(
     assert stopped.value.code == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
-
-
-@pytest.mark.slow
-def test_fine_tune_reaches_its_target_and_the_base_does_not(tmp_path: Path):
-    pair = make_pair(tmp_path, 0, show_progress=False)
-    assert pair.tuned_accuracy >= PairSettings().target
-    assert pair.base_accuracy < 0.05
