@@ -3,30 +3,16 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from deltaweave.runtime_plugin.library import Library
 
-ROOT = Path(__file__).parents[2]
-
 
 @pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Library:
+def library(native: Path) -> Library:
     """Any build of the library; its host logic is the same with and without CUDA."""
-    named = os.environ.get("DELTAWEAVE_LIBRARY")
-    if named:
-        return Library(Path(named))
-    if not (shutil.which("cmake") and shutil.which("c++")):
-        pytest.skip("needs cmake and a C++ compiler")
-    build = tmp_path_factory.mktemp("libdeltaweave")
-    configure = ["cmake", "-S", str(ROOT), "-B", str(build), "-DDELTAWEAVE_HOST=ON"]
-    subprocess.run(configure, check=True, capture_output=True)
-    subprocess.run(["cmake", "--build", str(build)], check=True, capture_output=True)
-    return Library(build / "cuda" / "libdeltaweave.so")
+    return Library(native)
 
 
 @pytest.fixture(scope="session")

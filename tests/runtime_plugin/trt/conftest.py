@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import os
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from deltaweave.runtime_plugin.trt.backend import MODULES, find_plugin
 
 
 @pytest.fixture(scope="session", autouse=True)
-def tensorrt(native: None) -> None:
+def tensorrt(native: Path) -> None:
     """Skips where the plugin was not built or TensorRT is not installed; CI has both, so there it fails."""
     missing = "the TensorRT plugin was not built" if find_plugin() is None else None
     if not any(find_spec(name) for name in MODULES):
