@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import signal
@@ -206,7 +207,9 @@ class TestRefusals:
 def test_a_killed_build_leaves_nothing_that_looks_whole(base, tmp_path, kind):
     output = tmp_path / "engine"
     words = command("build", "--base", base, "-o", output, *SIZES, "--compute-capability", "8.0 8.9 12.0")
-    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    # A shell's background job ignores SIGINT, and so would what it starts.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, preexec_fn=heed)
     partial = tmp_path / "engine.partial"
     deadline = time.monotonic() + 120
     while not (partial / "sm80.plan").exists():
