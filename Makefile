@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 DEMO := demo
 HEADERS := build/tensorrt-headers
 MODELS := .models
-# Tests run in processes of one thread each: two of them are done in half the time that two threads take. A file's tests
-# stay in one process, since they share what its fixtures make.
+# Tests run in processes of one thread each: two of them are done in half the time that two threads take. Each begins with
+# its half of the files, since a file's tests share what its fixtures make; who is done first takes from the other.
 WORKERS ?= 2
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .PHONY: help setup demo test test-slow lint types examples models kernels check-kernels engine-example clean
 
