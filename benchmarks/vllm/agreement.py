@@ -79,11 +79,13 @@ def main() -> None:
 
 def part(arguments: argparse.Namespace, name: str) -> Any:
     output = arguments.family.folder / f"texts-{name.replace(':', '-')}-{os.getpid()}.json"
-    command = [sys.executable, __file__, "--base", str(arguments.base), "--family", str(arguments.family.folder)]
+    # An engine that hangs ends with the process that forked it.
+    command = ["timeout", "-k", "5", "240", sys.executable, __file__]
+    command += ["--base", str(arguments.base), "--family", str(arguments.family.folder)]
     command += ["--tokens", str(arguments.tokens), "--ranks", str(arguments.ranks), "--part", name]
     command += ["--output", str(output)]
     output.unlink(missing_ok=True)
-    done = subprocess.run(command, timeout=240, check=False)
+    done = subprocess.run(command, check=False)
     return json.loads(output.read_text()) if done.returncode == 0 and output.exists() else None
 
 

@@ -118,10 +118,14 @@ def finish(arguments: argparse.Namespace, server: str, status: int) -> dict[str,
 
 
 @contextmanager
-def turn(arguments: argparse.Namespace, mode: int) -> Iterator[None]:
-    """Nobody measures meanwhile; with `LOCK_EX` nobody else starts or loads either, which they do with `LOCK_SH`."""
-    with (arguments.folder / "measuring").open("a") as file:
-        fcntl.flock(file, mode)
+def turn(folder: Path, mode: int) -> Iterator[None]:
+    """Nobody measures meanwhile; with `LOCK_EX` nobody else starts or loads either, which they do with `LOCK_SH`.
+
+    A record lock is this process's alone. One of `flock` would be shared by the engine that vLLM forks inside, and
+    kept as long as the engine lives.
+    """
+    with (folder / "measuring").open("a+") as file:
+        fcntl.lockf(file, mode)
         yield
 
 
@@ -203,7 +207,7 @@ def engine(arguments: argparse.Namespace, server: str) -> Any:
 
 def measure(arguments: argparse.Namespace, server: str) -> None:
     """One server's figures, written as they come."""
-    with turn(arguments, fcntl.LOCK_SH):
+    with turn(arguments.folder, fcntl.LOCK_SH):
         began = time.monotonic()
         llm = engine(arguments, server)
         start = {"start_s": time.monotonic() - began}
@@ -215,14 +219,14 @@ def measure(arguments: argparse.Namespace, server: str) -> None:
         arguments.output.write_text(json.dumps(found))
 
     if server == "stock":
-        with turn(arguments, fcntl.LOCK_EX):
+        with turn(arguments.folder, fcntl.LOCK_EX):
             write(server, start | speeds(llm, [None] * max(SEQUENCES)))
             write(server, found[server] | {"pair_step_ms": step_ms(llm, 2, [None] * 2), "copy_gb_s": copy_rate()})
         return
-    with turn(arguments, fcntl.LOCK_SH):
+    with turn(arguments.folder, fcntl.LOCK_SH):
         adapters, loads = loaded(llm, source)
     first = "fusions" if server == "deltaweave" else server
-    with turn(arguments, fcntl.LOCK_EX):
+    with turn(arguments.folder, fcntl.LOCK_EX):
         write(first, start | loads | speeds(llm, adapters))
         write(first, found[first] | {"base_step_ms": steps(llm, [None] * max(SEQUENCES), (1, 32))})
         if server == "deltaweave":

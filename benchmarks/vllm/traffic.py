@@ -130,6 +130,9 @@ class Server:
                 return answer.status, answer.read().decode()
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode()
+        except OSError as error:  # no answer at all: an error like others, not the end of the thread that asked
+            time.sleep(1)
+            return 0, str(error)
 
     def ask(self, model: str, prompt: str, tokens: int = 3) -> tuple[int, str]:
         body = {"model": model, "prompt": prompt, "max_tokens": tokens, "temperature": 0}
