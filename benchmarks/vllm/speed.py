@@ -121,12 +121,14 @@ def finish(arguments: argparse.Namespace, server: str, status: int) -> dict[str,
 def turn(folder: Path, mode: int) -> Iterator[None]:
     """Nobody measures meanwhile; with `LOCK_EX` nobody else starts or loads either, which they do with `LOCK_SH`.
 
-    A record lock is this process's alone. One of `flock` would be shared by the engine that vLLM forks inside, and
-    kept as long as the engine lives.
+    The engine that vLLM forks inside shares the open file, so that closing it here would leave the lock to the engine.
     """
-    with (folder / "measuring").open("a+") as file:
-        fcntl.lockf(file, mode)
-        yield
+    with (folder / "measuring").open("a") as file:
+        fcntl.flock(file, mode)
+        try:
+            yield
+        finally:
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def write_base(arguments: argparse.Namespace) -> None:
