@@ -4,53 +4,67 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, NoReturn
 
 import typer
 
 from deltaweave import __version__
-from deltaweave.cli.apply import apply_command
-from deltaweave.cli.bench import bench_command
-from deltaweave.cli.build import BUILD_EXAMPLES, build_command
-from deltaweave.cli.compare import compare_command
-from deltaweave.cli.compress import COMPRESS_EXAMPLES, compress_command
-from deltaweave.cli.fuse import fuse_command
-from deltaweave.cli.gate import gate_app
-from deltaweave.cli.generate import generate_command
-from deltaweave.cli.inspect import inspect_command
-from deltaweave.cli.validate import VALIDATE_EXAMPLES, validate_command
-from deltaweave.cli.verify import verify_command
 from deltaweave.formats import DeltaweaveError
 
-__all__ = ["app", "main"]
+__all__ = ["COMMANDS", "application", "main"]
 
 ERROR_STATUS = 2
 # What typer makes of Ctrl-C before we see it.
 INTERRUPTED_STATUS = 130
 
-app = typer.Typer(
-    name="deltaweave",
-    help="Compress fine-tunes into mixed-precision deltas of their base, check them, and run them.",
-    no_args_is_help=True,
-    add_completion=True,
-    rich_markup_mode="markdown",
-    pretty_exceptions_enable=False,
-)
-app.command("compress", epilog=COMPRESS_EXAMPLES)(compress_command)
-app.command("inspect")(inspect_command)
-app.command("verify")(verify_command)
-app.command("apply")(apply_command)
-app.command("generate")(generate_command)
-app.command("compare")(compare_command)
-app.command("fuse")(fuse_command)
-app.add_typer(gate_app, name="gate")
-app.command("bench")(bench_command)
-app.command("build", epilog=BUILD_EXAMPLES)(build_command)
-app.command("validate", epilog=VALIDATE_EXAMPLES)(validate_command)
+# A command's line in the list of all. Its module is imported when it is asked for: torch and transformers take seconds.
+COMMANDS = {
+    "compress": "Compress a fine-tune into a delta of its base.",
+    "inspect": "Show what a file holds: a delta's bands, bytes, ratios and errors per record; a fusion's experts and "
+    "gate.",
+    "verify": "Check a file's integrity, its base, and a delta's errors or a fusion's experts; exit status 1 if a "
+    "check fails.",
+    "apply": "Write base + delta as a dense Hugging Face checkpoint.",
+    "generate": "Write text with base + delta, as it comes; or with several deltas and fusions, in one batch.",
+    "compare": "Compare deltas with their fine-tune: bytes, task accuracy, perplexity, KL.",
+    "fuse": "Put LoRAs and deltas of one base into a fusion file, with weights of your choice or a released gate.",
+    "gate": "Train gates that weigh LoRAs and deltas for every layer and token, and look into them.",
+    "bench": "Measure an engine: time to first token, time between tokens, tokens a second.",
+    "build": "Build a TensorRT engine of a base, in which fine-tunes come and go without another build.",
+    "validate": "Check that base + delta still is the fine-tune, on prompts; exit status 1 if a threshold is broken.",
+}
+
+
+def application(wanted: Collection[str] = tuple(COMMANDS)) -> typer.Typer:
+    """All commands, of which those in `wanted` can be run; the others are listed."""
+    app = typer.Typer(
+        name="deltaweave",
+        help="Compress fine-tunes into mixed-precision deltas of their base, check them, and run them.",
+        no_args_is_help=True,
+        add_completion=True,
+        rich_markup_mode="markdown",
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_options)
+    for name, summary in COMMANDS.items():
+        if name not in wanted:
+            app.command(name, help=summary)(_listed)
+            continue
+        module = importlib.import_module(f"deltaweave.cli.{name}")
+        if hasattr(module, f"{name}_app"):
+            app.add_typer(getattr(module, f"{name}_app"), name=name)
+        else:
+            app.command(name, epilog=getattr(module, "EXAMPLES", None))(getattr(module, f"{name}_command"))
+    return app
+
+
+def _listed() -> None:
+    """Stands for a command that is not run."""
 
 
 def _print_version(wanted: bool) -> None:
@@ -59,8 +73,7 @@ def _print_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
-def options(
+def _options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the whole trace of an error.")] = False,
     version: Annotated[
         bool,
@@ -78,7 +91,9 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     # Models and tokenizers are folders here: nothing may look for them on a network.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    completes = "_DELTAWEAVE_COMPLETE" in os.environ  # the words are elsewhere then
     try:
+        app = application() if completes else application({word for word in words[:1] if word in COMMANDS})
         status = app(words, prog_name="deltaweave", standalone_mode=False)
     except BaseException as error:
         if isinstance(error, SystemExit):
@@ -100,6 +115,8 @@ def _explain(error: BaseException) -> int:
     elif isinstance(error, (KeyboardInterrupt, typer.Abort)):
         message = "interrupted; finished layers are kept, the same command goes on from there"
     elif isinstance(error, typer.TyperException):
+        if not error.format_message():  # the help has been shown
+            return ERROR_STATUS
         message = f"{error.format_message()} (deltaweave COMMAND --help lists the options)"
     elif isinstance(error, OSError) and error.errno == errno.ENOSPC:
         message = f"{error.filename or 'output'}: no space left on the device; finished layers are kept"

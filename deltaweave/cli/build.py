@@ -11,12 +11,12 @@ import typer
 from deltaweave.cli.console import format_bytes, output, print_json, progress_bar, warn
 from deltaweave.engines import CURRENT, EngineOptions, build_engine
 
-__all__ = ["BUILD_EXAMPLES", "build_command"]
+__all__ = ["EXAMPLES", "build_command"]
 
 SUFFIXES = {"": 1, "M": 1 << 20, "MIB": 1 << 20, "G": 1 << 30, "GIB": 1 << 30, "MB": 10**6, "GB": 10**9}
 # TensorRT's reminders that say nothing about the graph.
 NOISE = "Int64 binding"
-BUILD_EXAMPLES = """Examples:
+EXAMPLES = """Examples:
 
     deltaweave build --base Llama-2-7b-hf -o llama.engine
 

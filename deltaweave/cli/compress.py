@@ -38,11 +38,11 @@ from deltaweave.converter import (
 )
 from deltaweave.formats import Delta
 
-__all__ = ["COMPRESS_EXAMPLES", "compress_command"]
+__all__ = ["EXAMPLES", "compress_command"]
 
 BITDELTA = "bitdelta"
 UNCALIBRATED = ("low-rank",)
-COMPRESS_EXAMPLES = """Examples:
+EXAMPLES = """Examples:
 
     deltaweave compress --base Llama-2-7b-hf --tuned WizardMath-7B -o wizardmath.safetensors
 

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.progress import (
@@ -20,8 +20,10 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from deltaweave.converter import Progress as ProgressFunction
 from deltaweave.units import format_bytes
+
+if TYPE_CHECKING:
+    from deltaweave.converter import Progress as ProgressFunction
 
 __all__ = ["command_line", "format_bytes", "output", "print_json", "progress_bar", "warn"]
 

@@ -18,9 +18,9 @@ from deltaweave.formats import DeltaweaveError
 from deltaweave.report import require_absent, write_validation
 from deltaweave.validation import METRICS, Check, Validation, validate, write_junit
 
-__all__ = ["VALIDATE_EXAMPLES", "validate_command"]
+__all__ = ["EXAMPLES", "validate_command"]
 
-VALIDATE_EXAMPLES = """
+EXAMPLES = """
 Example: deltaweave validate math.safetensors --base B --tuned T --prompts prompts.jsonl --thresholds limits.yaml
 
 Example: deltaweave validate math.safetensors --base B --tuned T --prompts prompts.jsonl --host arena --report v.html

@@ -3,8 +3,11 @@
 
 import errno
 import importlib
+import inspect
 import json
 import shutil
+import subprocess
+import sys
 
 import pytest
 from deltaweave.formats import Delta
@@ -14,6 +17,7 @@ from safetensors import SafetensorError
 import deltaweave.cli.compress as compress_cli
 from deltaweave import __version__
 from deltaweave.cli import main
+from deltaweave.cli.app import COMMANDS as LISTED
 
 # The packages export functions under these modules' names.
 compress_module = importlib.import_module("deltaweave.converter.compress")
@@ -71,6 +75,26 @@ def raising(error):
         raise error
 
     return fail
+
+
+@pytest.mark.parametrize("name", [name for name in LISTED if name != "gate"])
+def test_listed_as_it_says_of_itself(name):
+    command = getattr(importlib.import_module(f"deltaweave.cli.{name}"), f"{name}_command")
+    assert " ".join(inspect.getdoc(command).split("\n\n")[0].split()) == LISTED[name]
+
+
+def test_gate_is_listed_as_it_says_of_itself():
+    assert importlib.import_module("deltaweave.cli.gate").gate_app.info.help == LISTED["gate"]
+
+
+def test_help_is_quick():
+    """Nothing that takes seconds to import is imported to list the commands, or to say that there is no such one."""
+    code = "import sys; from deltaweave.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
+    for words, status in (["--help"], 0), (["frobnicate"], 2), ([], 2):
+        done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
+        assert done.returncode == status, done.stderr
+        assert "'torch'" not in done.stdout and "'transformers'" not in done.stdout
+        assert ("frobnicate" if words == ["frobnicate"] else "compress") in done.stdout + done.stderr
 
 
 def test_version_and_help(capsys):

@@ -14,7 +14,7 @@ from helpers import tiny_checkpoint
 from typer.testing import CliRunner
 
 from deltaweave import Prompt, generate, generate_batch
-from deltaweave.cli.app import app
+from deltaweave.cli.app import application
 from deltaweave.models import load_checkpoint, load_tokenizer
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -140,7 +140,7 @@ class TestRefusals:
 
 class TestCommand:
     def run(self, *arguments):
-        return CliRunner().invoke(app, ["generate", *map(str, arguments)])
+        return CliRunner().invoke(application(), ["generate", *map(str, arguments)])
 
     def test_json(self, base, tenants):
         result = self.run(
@@ -200,7 +200,7 @@ def test_fusions_beside_fine_tunes(base, tenants, tmp_path, capsys):
     assert found[1] == generate(base, tenants["plain"], "a cat", max_new_tokens=12)
     assert found[0] != found[2]
     words = ["generate", "--base", base, "--tenant", f"mix={path}", "--prompt", "mix=the dog", "--max-new-tokens", 12]
-    shown = CliRunner().invoke(app, [*map(str, words), "--json"])
+    shown = CliRunner().invoke(application(), [*map(str, words), "--json"])
     assert json.loads(shown.output)[0]["text"] == found[0]
     other = write_fusion(tmp_path / "other.safetensors", make_fusion(count=2))
     with pytest.raises(CheckpointError, match="is not the base that"):

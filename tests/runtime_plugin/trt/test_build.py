@@ -22,7 +22,7 @@ from deltaweave.runtime_plugin.trt.manifest import EngineManifest
 from helpers import FAMILIES, tiny_checkpoint
 from typer.testing import CliRunner
 
-from deltaweave.cli.app import app
+from deltaweave.cli.app import application
 
 CAPABILITIES = ["8.0", "8.9", "12.0"]
 SIZES = [
@@ -147,7 +147,7 @@ class TestRefusals:
     )
     def test_options(self, base, tmp_path, words, message):
         words = ["build", "--base", str(base), "-o", str(tmp_path / "engine"), *SIZES, *words]
-        result = CliRunner().invoke(app, words)
+        result = CliRunner().invoke(application(), words)
         assert result.exit_code
         said = str(result.exception) if isinstance(result.exception, DeltaweaveError) else result.output
         assert message in " ".join(said.replace("│", " ").split())
