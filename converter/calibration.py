@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ __all__ = [
     "Activations",
     "BlockStream",
     "add_gram",
+    "add_product",
     "compute_dtype",
 ]
 
@@ -230,28 +231,41 @@ class BlockStream:
             inputs: the block's input.
             report: told after each piece of `inputs` how many are done.
         """
-        projection = self._blocks[layer].get_submodule(module)
         total: torch.Tensor | None = None
-
-        def accumulate(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            nonlocal total
-            x = arguments[0].flatten(0, -2)
+        for done, (_, hidden) in enumerate(inputs.chunks()):
+            (x,) = self.inputs_of(layer, [module], hidden)
             if total is None:
-                total = torch.zeros(x.shape[1], x.shape[1], dtype=torch.float32, device=self.device)
-            add_gram(total, x, 2 / inputs.shape[0])
-            raise _InputSeen
-
-        handle = projection.register_forward_pre_hook(accumulate)
-        try:
-            for done, (_, hidden) in enumerate(inputs.chunks()):
-                with suppress(_InputSeen):
-                    self.forward(layer, hidden)
-                if report:
-                    report(done + 1)
-        finally:
-            handle.remove()
+                total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=self.device)
+            add_gram(total, x.flatten(0, -2), 2 / inputs.shape[0])
+            if report:
+                report(done + 1)
         assert total is not None
         return total
+
+    def inputs_of(self, layer: int, modules: Sequence[str], hidden: torch.Tensor) -> list[torch.Tensor]:
+        """What some modules of a loaded block are given; the forward stops at the last of them.
+
+        Args:
+            layer: the block.
+            modules: their names inside it, in the order of the data.
+            hidden: the block's input.
+        """
+        seen: list[torch.Tensor] = []
+
+        def look(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            seen.append(arguments[0])
+            if len(seen) == len(modules):
+                raise _InputSeen
+
+        block = self._blocks[layer]
+        handles = [block.get_submodule(module).register_forward_pre_hook(look) for module in modules]
+        try:
+            with suppress(_InputSeen):
+                self.forward(layer, hidden)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
 
     def _weight(self, name: str) -> torch.Tensor:
         if name not in self.checkpoint:
@@ -307,11 +321,23 @@ def add_gram(total: torch.Tensor, x: torch.Tensor, weight: float) -> None:
         x: [tokens, features].
         weight: a factor.
     """
+    add_product(total, x, x, weight)
+
+
+def add_product(total: torch.Tensor, y: torch.Tensor, x: torch.Tensor, weight: float) -> None:
+    """Adds `weight * y^T x` to `total` as `add_gram` does.
+
+    Args:
+        total: [features of y, features of x] float32.
+        y: [tokens, features], of the dtype of `x`.
+        x: [tokens, features].
+        weight: a factor.
+    """
     if x.is_cuda and x.dtype.itemsize == 2:
-        total.add_(torch.mm(x.T, x, out_dtype=torch.float32), alpha=weight)
+        total.add_(torch.mm(y.T, x, out_dtype=torch.float32), alpha=weight)
     else:
         wide = x.float()
-        total.addmm_(wide.T, wide, alpha=weight)
+        total.addmm_((wide if y is x else y.float()).T, wide, alpha=weight)
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

@@ -12,6 +12,7 @@ import torch
 from deltaweave.converter.allocation import DistortionTable, allocate, trade_curve
 from deltaweave.converter.calibration import BlockStream
 from deltaweave.converter.decompositions import Decompositions
+from deltaweave.converter.drift import drift_dtype
 from deltaweave.converter.errors import RecipeError
 from deltaweave.converter.fidelity import Fidelity
 from deltaweave.converter.layers import LayerCompression
@@ -137,12 +138,15 @@ class _Run:
     def write(self, output: Path, *, force: bool, command: str | None) -> Path:
         calibration, held_out = self.calibration, self.held_out
         # Built before any thread runs: meanwhile PyTorch's default dtype is another, in all threads.
-        stream = self._stream(calibration, None)
+        drift = self.plan.recipe.correct_drift
+        dtype = drift_dtype(self.plan.tuned, calibration, self.device) if drift and calibration else None
+        stream = self._stream(calibration, dtype)
+        own_stream = self._stream(calibration, dtype) if drift else None
         exact_stream = self._stream(held_out, torch.float32)
         quality: dict[str, Any] = {}
         with Overlap.beside(self.device) as overlap:
             others, identity = overlap.aside(self._others), overlap.aside(self._base_identity)
-            compressions = _Compressions.of(self._work(overlap, stream))
+            compressions = _Compressions.of(self._work(overlap, stream, own_stream))
             if held_out is None or exact_stream is None:
                 made = compressions.at(self.plan.recipe.ratio, self.workspace, self.progress)
             else:
@@ -171,7 +175,7 @@ class _Run:
         self.workspace.remove()
         return output
 
-    def _work(self, overlap: Overlap, stream: BlockStream | None) -> Work:
+    def _work(self, overlap: Overlap, stream: BlockStream | None, own_stream: BlockStream | None) -> Work:
         recipe = self.plan.recipe
         again = recipe.allocated or recipe.max_kl is not None  # whether a projection is decomposed more than once
         return Work(
@@ -182,6 +186,7 @@ class _Run:
             overlap,
             self.calibration,
             stream,
+            own_stream,
             self.progress,
         )
 

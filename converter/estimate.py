@@ -65,7 +65,7 @@ def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
         other_bytes(plan.base, plan.tuned, name, options.effective_policies, options.recipe.group_size)
         for name in plan.others
     )
-    activations = 2 * _activation_bytes(plan, options) if options.calibrated else 0
+    activations = (3 if _drifts(plan, options) else 2) * _activation_bytes(plan, options) if options.calibrated else 0
     searched = plan.recipe.max_kl is not None
     tries = USUAL_TRIES if searched else 1
     kept = 2 if searched else 1  # the best try lies beside the one that is being made
@@ -80,6 +80,11 @@ def estimate(plan: CompressionPlan, options: CompressionOptions) -> Estimate:
         file_bytes=projections + others,
         tries=tries,
     )
+
+
+def _drifts(plan: CompressionPlan, options: CompressionOptions) -> bool:
+    """Whether the fine-tune's own activations are walked beside those behind compressed layers."""
+    return options.calibrated and plan.recipe.correct_drift
 
 
 def _tokens(plan: CompressionPlan, options: CompressionOptions) -> int:
@@ -137,11 +142,14 @@ def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
     seconds += sum(4 * p.shape[0] * p.shape[1] * plan.bands[p.weight].rank for p in plan.projections) / single
     if options.calibrated:
         tokens = _tokens(plan, options)
-        moments = sum(2.0 * tokens * _width(stage) ** 2 for stage in stages)
+        walks, moments = 1, sum(2.0 * tokens * _width(stage) ** 2 for stage in stages)
+        if _drifts(plan, options):
+            walks, streams = 2, [_width(stage) * stage[0].shape[0] for stage in stages if stage[0].residual]
+            moments = 2 * moments + sum(2.0 * tokens * size for size in streams)
         seconds += moments / (own if device.type == "cuda" else single)
         seconds += sum(_gptq_operations(plan, stage) for stage in stages) / single
         seconds += sum(_columns(plan, stage) for stage in stages) * COLUMN_SECONDS[device.type]
-        seconds += tokens * _forward_operations(plan) / own
+        seconds += walks * tokens * _forward_operations(plan) / own
     return seconds
 
 
@@ -196,7 +204,8 @@ def _memory(plan: CompressionPlan, options: CompressionOptions) -> int:
         chunk = max(CHUNK_TOKENS[options.torch_device.type], options.sequence_length or 0)
         widest = max(max(p.shape) for stage in layer for p in stage)
         forward = chunk * widest * (4 * dtype.itemsize + 8)
-    compressing = block * (2 if converted else 1) + max(peak, forward) + _beside(plan, options)
+    blocks = (2 if _drifts(plan, options) else 1) * block
+    compressing = blocks * (2 if converted else 1) + max(peak, forward) + _beside(plan, options)
     return IDLE_BYTES + max(compressing, _fidelity_bytes(plan))
 
 
@@ -209,11 +218,15 @@ def _fidelity_bytes(plan: CompressionPlan) -> int:
 
 
 def _beside(plan: CompressionPlan, options: CompressionOptions) -> int:
-    """What a GPU holds beside: a stage read ahead; a layer's input, its output, and the activations being saved."""
+    """What a GPU holds beside: a stage read ahead; a layer's input, its output, and the activations being saved.
+
+    With drift corrected, the fine-tune's own input too.
+    """
     if options.torch_device.type != "cuda":
         return 0
     widest = max(sum(p.shape[0] * p.shape[1] for p in stage) for stage in plan.layers[0])
-    return 2 * 4 * widest + (3 * _activation_bytes(plan, options) if options.calibrated else 0)
+    kept = 4 if _drifts(plan, options) else 3 if options.calibrated else 0
+    return 2 * 4 * widest + kept * _activation_bytes(plan, options)
 
 
 def _rate(dtype: torch.dtype, device: torch.device) -> float:

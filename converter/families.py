@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deltaweave.converter.checkpoint import Checkpoint
@@ -20,12 +21,15 @@ class Projection:
         module: its name inside the block, such as `self_attn.q_proj`.
         layer: the block's index.
         shape: (out_features, in_features).
+        residual: the norm of the block that reads the residual stream which the output is added to; None where it is
+            added to none.
     """
 
     weight: str
     module: str
     layer: int
     shape: tuple[int, int]
+    residual: str | None = None
 
     @property
     def kind(self) -> str:
@@ -41,10 +45,12 @@ class Family:
         model_type: the name in `config.json`.
         stages: projections of a block in data order; those of one stage share their input, and each stage is
             calibrated behind the already compressed ones before it (GPTQ's true-sequential order).
+        residuals: of projections whose output is added to the residual stream, the norm that reads that stream.
     """
 
     model_type: str
     stages: tuple[tuple[str, ...], ...]
+    residuals: Mapping[str, str]
     blocks: str = "model.layers"
 
     def projections(self, checkpoint: Checkpoint) -> list[list[list[Projection]]]:
@@ -77,7 +83,7 @@ class Family:
             raise CheckpointError(
                 f"{checkpoint.folder}: {weight} has shape {shape}, expected [out_features, in_features]"
             )
-        return Projection(weight, module, layer, (shape[0], shape[1]))
+        return Projection(weight, module, layer, (shape[0], shape[1]), self.residuals.get(module))
 
 
 _LLAMA_STAGES = (
@@ -86,7 +92,8 @@ _LLAMA_STAGES = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-FAMILIES = {name: Family(name, _LLAMA_STAGES) for name in ("llama", "mistral", "qwen2", "qwen3")}
+_LLAMA_RESIDUALS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
+FAMILIES = {name: Family(name, _LLAMA_STAGES, _LLAMA_RESIDUALS) for name in ("llama", "mistral", "qwen2", "qwen3")}
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -10,6 +10,7 @@ from time import monotonic
 
 import torch
 from deltaweave.converter.calibration import Activations, BlockStream
+from deltaweave.converter.drift import OwnStream, StageMoments, stage_moments
 from deltaweave.converter.families import Projection
 from deltaweave.converter.overlap import hand_over
 from deltaweave.converter.projection import compress_stage
@@ -82,20 +83,42 @@ class LayerCompression:
         layers, first = self.plan.layers, self.workspace.saved_activations
         differences = self._differences(first)
         inputs = self._first_inputs(stream, calibration, first)
+        own = self._own(calibration, first)
         saved = monotonic()
         for layer in range(first, len(layers)):
             block = stream.load(layer, without=[projection.weight for stage in layers[layer] for projection in stage])
+            if own:
+                own.stream.load(layer)
             records: dict[str, Record] = {}
             for step, stage in enumerate(layers[layer]):
-                hessian = self._second_moment(stream, stage, inputs, step)
-                records |= self._compress(stage, next(differences), hessian, block)
+                moments = self._moments(stream, own, stage, inputs, step)
+                records |= self._compress(stage, next(differences), moments, block)
             durable = None
             if layer + 1 < len(layers):
                 inputs = self._propagate(stream, layer, inputs)
+                if own:
+                    own.advance(layer)
                 if monotonic() - saved >= SECONDS_BETWEEN_SAVES[self.work.device.type]:
                     durable, saved = inputs, monotonic()
             self.work.overlap.write(partial(self._commit, layer, records, durable))
             stream.unload(layer)
+            if own:
+                own.stream.unload(layer)
+        self.workspace.drop_own()
+
+    def _own(self, calibration: CalibrationData, first: int) -> OwnStream | None:
+        """The fine-tune as it is, walked to where the work goes on; None where drift is not corrected."""
+        stream = self.work.own_stream
+        if stream is None:
+            return None
+        shape = (*calibration.tokens.shape, int(self.plan.tuned.config["hidden_size"]))
+        own = OwnStream(stream, Activations.create(self.workspace.own, shape, stream.dtype, self.work.device))
+        stream.embed(calibration.tokens, own.inputs)
+        for layer in range(first):
+            stream.load(layer)
+            own.advance(layer)
+            stream.unload(layer)
+        return own
 
     def _first_inputs(self, stream: BlockStream, calibration: CalibrationData, first: int) -> Activations:
         samples, length = calibration.tokens.shape
@@ -114,33 +137,39 @@ class LayerCompression:
             outputs.save()
         self.workspace.drop_activations(layer + 1)
 
-    def _second_moment(
-        self, stream: BlockStream, stage: list[Projection], inputs: Activations, step: int
-    ) -> torch.Tensor:
-        layer, steps = stage[0].layer, len(self.plan.layers[0])
+    def _moments(
+        self, stream: BlockStream, own: OwnStream | None, stage: list[Projection], inputs: Activations, step: int
+    ) -> StageMoments:
+        first, steps = stage[0], len(self.plan.layers[0])
 
         def report(done: int) -> None:
             # A stage's share of its layer is taken as equal; half of it goes to the data, half to SVD and GPTQ.
             part = (step + 0.5 * done / inputs.pieces) / (steps + 1)
-            self.work.progress("compressing", layer + part, len(self.plan.layers))
+            self.work.progress("compressing", first.layer + part, len(self.plan.layers))
 
-        return stream.second_moment(layer, stage[0].module, inputs, report)
+        if own is None:
+            return StageMoments(stream.second_moment(first.layer, first.module, inputs, report))
+        return stage_moments(stream, own, first.layer, first.module, first.residual, inputs, report)
 
     def _compress(
         self,
         stage: list[Projection],
         differences: list[_Difference],
-        hessian: torch.Tensor | None = None,
+        moments: StageMoments | None = None,
         block: nn.Module | None = None,
     ) -> dict[str, Record]:
         """A stage's records. Gives `block` the weights that will be served: later stages are calibrated behind them."""
         deltas = [difference.delta for difference in differences]
         bands = [self.plan.bands[projection.weight] for projection in stage]
+        hessian = moments.inputs if moments else None
         factors = [
             _chosen(difference.factors or whitened_svd(difference.delta, _required(hessian), plan.triplets), plan)
             for difference, plan in zip(differences, bands, strict=True)
         ]
-        results = compress_stage(deltas, factors, bands, hessian, self.plan.recipe)
+        lacking = None
+        if moments and moments.strayed is not None:
+            lacking = [moments.lacking(difference.base.float() + difference.delta) for difference in differences]
+        results = compress_stage(deltas, factors, bands, hessian, self.plan.recipe, lacking)
         records: dict[str, Record] = {}
         for projection, difference, result in zip(stage, differences, results, strict=True):
             if result.record is not None:

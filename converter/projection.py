@@ -46,6 +46,7 @@ def compress_stage(
     plans: Sequence[BandPlan],
     hessian: torch.Tensor | None,
     recipe: Recipe,
+    lacking: Sequence[torch.Tensor] | None = None,
 ) -> list[CompressedProjection]:
     """Compresses projections that share their input.
 
@@ -55,15 +56,18 @@ def compress_stage(
         plans: the bands of each.
         hessian: [in_features, in_features] float32 second moment of the shared input; None rounds to nearest.
         recipe: group size and GPTQ's settings.
+        lacking: of each, [out_features, in_features] float32: what its output lacks beside `delta x`, times x^T, summed
+            as the Hessian is; a corrected U makes it good as far as it can. None lacks nothing.
     """
     plans = [plan.truncated(factor.rank) for plan, factor in zip(plans, factors, strict=True)]
     vs = _quantize_v(factors, plans, hessian, recipe)
+    lacks: Sequence[torch.Tensor | None] = lacking or [None] * len(plans)
     results = []
-    for delta, factor, plan, v in zip(deltas, factors, plans, vs, strict=True):
+    for delta, factor, plan, v, lack in zip(deltas, factors, plans, vs, lacks, strict=True):
         if factor.rank == 0:
             results.append(CompressedProjection(None, torch.zeros_like(delta)))
             continue
-        u, target = _quantize_u(delta, factor, plan, v, hessian, recipe)
+        u, target = _quantize_u(delta, factor, plan, v, hessian, lack, recipe)
         sigma = factor.sigma * _restored(u.values, target) if recipe.unbiased else factor.sigma
         approximation = u.values.T @ (sigma[:, None] * v.values)
         quality = {"energy_kept": factor.energy, **_errors(delta, approximation, hessian)}
@@ -104,6 +108,7 @@ def _quantize_u(
     plan: BandPlan,
     v: QuantizedRows,
     hessian: torch.Tensor | None,
+    lacking: torch.Tensor | None,
     recipe: Recipe,
 ) -> tuple[QuantizedRows, torch.Tensor]:
     """U against the input it will see at run time, `sigma * (V^ x)`; its Hessian follows from V^ without new data.
@@ -116,6 +121,8 @@ def _quantize_u(
     target = factor.u
     if recipe.correct_target:
         seen = delta if hessian is None else delta @ hessian
+        if lacking is not None:
+            seen += lacking
         target = _corrected(factor.u, u_hessian, seen @ basis.T)
     if hessian is None:
         return round_to_nearest(target.T.contiguous(), bits, recipe.group_size, recipe.grid), target
@@ -149,12 +156,12 @@ def _restored(quantized: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def _corrected(u: torch.Tensor, u_hessian: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """The U that makes most of a quantized V: least squares of `delta x` on `h = sigma * (V^ x)`, drawn to `u`.
+    """The U that makes most of a quantized V: least squares of the output on `h = sigma * (V^ x)`, drawn to `u`.
 
     Args:
         u: [out_features, rank] as decomposed.
         u_hessian: [rank, rank], sum of h h^T.
-        products: [out_features, rank], sum of (delta x) h^T.
+        products: [out_features, rank], sum of y h^T, y being what the delta is to add to the output.
     """
     moment = u_hessian.double()
     ridge = CORRECTION_RIDGE * float(moment.diagonal().mean())

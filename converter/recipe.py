@@ -86,6 +86,9 @@ class Recipe(BaseModel):
         grid: what the grids of codes are fitted to.
         whiten: decompose the delta in the metric of its input's second moment.
         correct_target: fit U to what V's quantization left of the delta before it is quantized.
+        correct_drift: fit U also to what the compressed layers before it lost: its projection's target is the
+            fine-tune's own output on the fine-tune's own input, and where it is added to the residual stream what that
+            stream lacks. Needs `correct_target`, and calibration.
         unbiased: lengthen sigma by what each vector of U lost along itself when it was quantized.
         group_size: codes that share one scale and zero.
         damping: GPTQ's `percdamp`, relative to the mean of the Hessian's diagonal.
@@ -108,6 +111,7 @@ class Recipe(BaseModel):
     grid: GridFit = "min-max"
     whiten: bool = False
     correct_target: bool = False
+    correct_drift: bool = False
     unbiased: bool = False
 
     @field_validator("bands")
@@ -133,6 +137,8 @@ class Recipe(BaseModel):
     def _check_together(self) -> Recipe:
         if self.allocated and self.overrides:
             raise ValueError("overrides have no place beside bands: auto")
+        if self.correct_drift and not self.correct_target:
+            raise ValueError("correct_drift is a part of correct_target, which is off")
         given = [name for name in BUDGETS if name in self.model_fields_set and getattr(self, name) is not None]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} are budgets of one thing, expected one of them")
@@ -257,7 +263,7 @@ class Recipe(BaseModel):
 
 
 PRESETS: dict[str, dict[str, Any]] = {
-    "optimal": {"bands": AUTO, "correct_target": True},
+    "optimal": {"bands": AUTO, "correct_target": True, "correct_drift": True, "unbiased": True},
     "triple": {"bands": "8:2,3:32,2:*"},
     "double": {"bands": "8:2,3:*"},
     "single": {"bands": "3:*"},

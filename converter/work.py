@@ -28,6 +28,8 @@ class Work:
         overlap: the threads beside the one that computes.
         calibration: the text that inputs are taken from; None weighs all alike.
         stream: the fine-tune block by block, for sequences of the calibration's length; None without calibration.
+        own_stream: the same once more, to stay as it is while projections of `stream` are compressed; None where drift
+            is not corrected.
         progress: told how far the pass is.
     """
 
@@ -38,6 +40,7 @@ class Work:
     overlap: Overlap
     calibration: CalibrationData | None
     stream: BlockStream | None
+    own_stream: BlockStream | None
     progress: Progress
 
     @property

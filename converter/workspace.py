@@ -89,6 +89,16 @@ class Workspace:
             if _layer_of(file) < layer and file != self.activations(saved):
                 file.unlink(missing_ok=True)
 
+    @property
+    def own(self) -> Path:
+        """Where the fine-tune's own activations lie beside those behind compressed layers; never resumed from."""
+        return self.folder / "own.bin"
+
+    def drop_own(self) -> None:
+        """Deletes them."""
+        for file in self.folder.glob("own.*"):
+            file.unlink()
+
     def measured(self, layer: int) -> Path:
         """Where activations lie while sensitivities are measured; never resumed from."""
         return self.folder / f"measured-{layer:05d}.bin"

@@ -60,18 +60,21 @@ CELLS = (
     ("nearest", 8), ("double", 8), ("single", 8), ("nearest", 64), ("double", 64), ("single", 64),
 )  # fmt: skip
 ABLATIONS: dict[str, dict[str, Any]] = {
+    "optimal, preset bands": {"bands": "8:2,3:32,2:*"},
+    "optimal, drift not corrected": {"correct_drift": False},
+    "optimal, target not corrected": {"correct_target": False, "correct_drift": False},
+    "optimal, not unbiased": {"unbiased": False},
     "optimal, sensitivity balanced": {"sensitivity": "balanced"},
-    "optimal, balanced and unbiased": {"sensitivity": "balanced", "unbiased": True},
     "optimal, sensitivity output": {"sensitivity": "output"},
     "optimal, sensitivity weight": {"sensitivity": "weight"},
-    "optimal, target not corrected": {"correct_target": False},
-    "optimal, unbiased": {"unbiased": True},
-    "triple, corrected": {"correct_target": True},
-    "triple, corrected and unbiased": {"correct_target": True, "unbiased": True},
+    "triple, target corrected": {"correct_target": True},
+    "triple, drift corrected": {"correct_target": True, "correct_drift": True},
+    "triple, unbiased": {"unbiased": True},
     "optimal, whitened": {"whiten": True},
     "optimal, fitted grids": {"grid": "squared-error"},
     "optimal, widths 1 2 3 4 8": {"widths": [1, 2, 3, 4, 8]},
 }
+RATIOS = (16, 32, 8, 64)
 SEQUENCE_LENGTH = 256
 BATCH = 512
 
@@ -116,15 +119,19 @@ def _tuning_cells(
     if f"{prefix} tuned" not in found:
         return found
     cell("base", bench.score_base)
-    wanted = [(method, inverse, {}) for method, inverse in CELLS]
-    wanted += [(method, 16, changes) for method, changes in ABLATIONS.items()] if arguments.ablations else []
-    for method, inverse, changes in [] if arguments.tune_only else wanted:
-        if arguments.methods and method not in arguments.methods:
-            continue
-        if arguments.ratios and inverse not in arguments.ratios:
-            continue
+    for method, inverse in [] if arguments.tune_only else _wanted(arguments):
+        changes = ABLATIONS.get(method, {})
         cell(f"{method} 1/{inverse}", lambda m=method, i=inverse, c=changes: bench.score_method(m, i, c))
     return found
+
+
+def _wanted(arguments: argparse.Namespace) -> list[tuple[str, int]]:
+    """The methods and inverse ratios that are asked for, in order."""
+    ratios = arguments.ratios or RATIOS
+    if arguments.methods:
+        return [(method, inverse) for inverse in ratios for method in arguments.methods]
+    wanted = [(method, inverse) for method, inverse in CELLS if inverse in ratios]
+    return wanted + [(method, 16) for method in ABLATIONS] if arguments.ablations else wanted
 
 
 class Laboratory:
@@ -297,8 +304,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="result as JSON; plots go beside it")
     parser.add_argument("--tunings", nargs="+", choices=list(TUNINGS), default=list(TUNINGS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--methods", nargs="+", help="[default: all]")
-    parser.add_argument("--ratios", type=int, nargs="+", help="inverse ratios [default: 8 16 32 64]")
+    parser.add_argument("--methods", nargs="+", help="methods or ablations [default: all methods]")
+    parser.add_argument("--ratios", type=int, nargs="+", help="inverse ratios [default: 16 32 8 64]")
     parser.add_argument("--tune-only", action="store_true", help="make and score the fine-tunes, and stop")
     parser.add_argument("--ablations", action="store_true", help="also every switch alone, at 1/16")
     parser.add_argument("--items", type=int, default=512, help="test items, seen and held-out each")

@@ -111,6 +111,15 @@ def test_activations_are_disk_and_not_memory(pair):
     assert grown in {2 * 792 * 64 * 64 * size for size in (2, 4)}
 
 
+def test_drift_costs_another_walk(pair, one_rate):
+    fields = {"bands": "8:1,3:4,2:*", "ratio": 3 / 4, "group_size": 32, "correct_target": True}
+    settings = {"calibration": "default", "samples": 800, "sequence_length": 64}
+    plain, drifting = (costs(pair, Recipe(**fields, correct_drift=drift), **settings) for drift in (False, True))
+    assert 1.5 * plain.seconds < drifting.seconds < 3 * plain.seconds
+    assert drifting.disk_bytes - plain.disk_bytes in {800 * 64 * 64 * size for size in (2, 4)}
+    assert drifting.memory_bytes > plain.memory_bytes
+
+
 def test_disk_holds_unfinished_work_and_the_output(pair, tmp_path, monkeypatch):
     """Against what lies there when unfinished work is about to be removed: headers and carried files are left out."""
     (tmp_path / "text.txt").write_text("the quick brown fox jumps over the lazy dog. " * 40)

@@ -38,8 +38,9 @@ def factored(delta):
         {"sensitivity": "weight"},
         {"whiten": True},
         {"grid": "squared-error"},
-        {"correct_target": False},
-        {"unbiased": True},
+        {"correct_target": False, "correct_drift": False},
+        {"correct_drift": False},
+        {"unbiased": False},
         {"widths": (1, 4)},
     ],
 )
@@ -92,6 +93,7 @@ def test_an_impossible_budget_is_refused_before_anything_is_measured(pair):
     ("fields", "message"),
     [
         ({"bands": "auto", "overrides": {"k_proj": "4:*"}}, "overrides have no place beside bands: auto"),
+        ({"bands": "2:*", "correct_drift": True}, "correct_drift is a part of correct_target, which is off"),
         ({"bands": "auto", "widths": (2, 2)}, r"widths \[2, 2\], expected different ones of"),
         ({"bands": "auto", "widths": (5,)}, r"widths \[5\], expected different ones of"),
         ({"bands": "auto", "widths": ()}, r"widths \[\], expected different ones of"),
@@ -119,7 +121,7 @@ def test_a_corrected_target_lowers_the_output_error(pair, tmp_path):
         path = compress(
             *pair,
             tmp_path / f"{correct}.safetensors",
-            options(correct_target=correct, sensitivity="weight", widths=(2,)),
+            options(correct_target=correct, correct_drift=False, unbiased=False, sensitivity="weight", widths=(2,)),
         )
         with Delta.open(path) as delta:
             found = [record.quality["output_error"] for record in factored(delta).values()]
