@@ -12,7 +12,6 @@ import torch
 from deltaweave.converter.allocation import DistortionTable, allocate, trade_curve
 from deltaweave.converter.calibration import BlockStream
 from deltaweave.converter.decompositions import Decompositions
-from deltaweave.converter.drift import drift_dtype
 from deltaweave.converter.errors import RecipeError
 from deltaweave.converter.fidelity import Fidelity
 from deltaweave.converter.layers import LayerCompression
@@ -139,9 +138,8 @@ class _Run:
         calibration, held_out = self.calibration, self.held_out
         # Built before any thread runs: meanwhile PyTorch's default dtype is another, in all threads.
         drift = self.plan.recipe.correct_drift
-        dtype = drift_dtype(self.plan.tuned, calibration, self.device) if drift and calibration else None
-        stream = self._stream(calibration, dtype)
-        own_stream = self._stream(calibration, dtype) if drift else None
+        stream = self._stream(calibration, torch.float32 if drift else None)  # why: drift.py
+        own_stream = self._stream(calibration, torch.float32) if drift else None
         exact_stream = self._stream(held_out, torch.float32)
         quality: dict[str, Any] = {}
         with Overlap.beside(self.device) as overlap:

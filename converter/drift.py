@@ -5,34 +5,20 @@ Behind compressed layers a projection's input is not what it is in the fine-tune
 Each layer can make part of it good: its target is then the fine-tune's own output on the fine-tune's own input, and,
 where the output is added to the residual stream, what that stream lacks (asymmetric calibration of GPTQ: GPTAQ,
 arXiv 2504.02692, there for the input alone).
+
+Both models are walked in float32: rounded to 16 bits they stray from each other by themselves, and what is fitted to
+that is noise, on a small model more of it than there is to correct.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from deltaweave.converter.calibration import Activations, BlockStream, add_gram, add_product
-from deltaweave.converter.checkpoint import Checkpoint
-from deltaweave.converter.text import CalibrationData
 
-__all__ = ["OwnStream", "StageMoments", "drift_dtype", "stage_moments"]
-
-# Weights times tokens that a GPU walks in float32: about a minute of an H100's, both walks and their moments.
-FLOAT32_WORK = 1 << 47
-
-
-def drift_dtype(checkpoint: Checkpoint, text: CalibrationData, device: torch.device) -> torch.dtype | None:
-    """What both walks compute in; None for the checkpoint's own.
-
-    Rounded to 16 bits, two walks stray from each other by themselves, and what is fitted to that is noise. On few tokens
-    it is more than what there is to correct. A large model has many tokens and no time for float32 on a GPU.
-    """
-    weights = sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names)
-    small = weights * text.tokens.numel() < FLOAT32_WORK
-    return torch.float32 if device.type == "cpu" or small else None
+__all__ = ["OwnStream", "StageMoments", "stage_moments"]
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,8 @@ def _vector_bytes(plan: CompressionPlan) -> int:
 
 
 def _dtype(plan: CompressionPlan, options: CompressionOptions) -> torch.dtype:
+    if _drifts(plan, options):
+        return torch.float32
     return compute_dtype(plan.tuned.dtype(EMBEDDING), options.torch_device)
 
 

@@ -116,7 +116,8 @@ def test_drift_costs_another_walk(pair, one_rate):
     settings = {"calibration": "default", "samples": 800, "sequence_length": 64}
     plain, drifting = (costs(pair, Recipe(**fields, correct_drift=drift), **settings) for drift in (False, True))
     assert 1.5 * plain.seconds < drifting.seconds < 3 * plain.seconds
-    assert drifting.disk_bytes - plain.disk_bytes in {800 * 64 * 64 * size for size in (2, 4)}
+    kept = 800 * 64 * 64  # twice in the device's dtype, and thrice in float32
+    assert drifting.disk_bytes - plain.disk_bytes in {kept * (3 * 4 - 2 * size) for size in (2, 4)}
     assert drifting.memory_bytes > plain.memory_bytes
 
 
