@@ -264,6 +264,7 @@ class Recipe(BaseModel):
 
 PRESETS: dict[str, dict[str, Any]] = {
     "optimal": {"bands": AUTO, "correct_target": True, "correct_drift": True, "unbiased": True},
+    "corrected": {"bands": "8:2,3:32,2:*", "correct_target": True, "correct_drift": True, "unbiased": True},
     "triple": {"bands": "8:2,3:32,2:*"},
     "double": {"bands": "8:2,3:*"},
     "single": {"bands": "3:*"},

@@ -54,13 +54,14 @@ CAVEAT = (
 )
 # In the order in which they are worth their time.
 CELLS = (
-    ("triple", 16), ("optimal", 16), ("optimal", 32), ("triple", 32), ("low-rank", 16), ("bitdelta", 16),
-    ("nearest", 16), ("optimal", 64), ("optimal", 8), ("triple", 8), ("triple", 64), ("double", 16), ("single", 16),
-    ("low-rank", 8), ("low-rank", 32), ("nearest", 32), ("double", 32), ("single", 32), ("low-rank", 64),
-    ("nearest", 8), ("double", 8), ("single", 8), ("nearest", 64), ("double", 64), ("single", 64),
+    ("triple", 16), ("corrected", 16), ("optimal", 16), ("corrected", 32), ("optimal", 32), ("triple", 32),
+    ("low-rank", 16), ("bitdelta", 16), ("nearest", 16), ("optimal", 64), ("optimal", 8), ("triple", 8), ("triple", 64),
+    ("double", 16), ("single", 16), ("low-rank", 8), ("low-rank", 32), ("nearest", 32), ("double", 32), ("single", 32),
+    ("low-rank", 64), ("nearest", 8), ("double", 8), ("single", 8), ("nearest", 64), ("double", 64), ("single", 64),
 )  # fmt: skip
 ABLATIONS: dict[str, dict[str, Any]] = {
-    "optimal, preset bands": {"bands": "8:2,3:32,2:*"},
+    "corrected, drift not corrected": {"correct_drift": False},
+    "corrected, not unbiased": {"unbiased": False},
     "optimal, drift not corrected": {"correct_drift": False},
     "optimal, target not corrected": {"correct_target": False, "correct_drift": False},
     "optimal, not unbiased": {"unbiased": False},
@@ -68,7 +69,6 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "optimal, sensitivity output": {"sensitivity": "output"},
     "optimal, sensitivity weight": {"sensitivity": "weight"},
     "triple, target corrected": {"correct_target": True},
-    "triple, drift corrected": {"correct_target": True, "correct_drift": True},
     "triple, unbiased": {"unbiased": True},
     "optimal, whitened": {"whiten": True},
     "optimal, fitted grids": {"grid": "squared-error"},

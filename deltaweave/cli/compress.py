@@ -64,7 +64,9 @@ def compress_command(
     out: Annotated[Path, typer.Option("--output", "-o", help="Delta file to write (.safetensors).")],
     recipe: Annotated[
         str,
-        typer.Option(help="triple (as published), optimal, double, single, low-rank, bitdelta, or a YAML file."),
+        typer.Option(
+            help="triple (as published), corrected, optimal, double, single, low-rank, bitdelta, or a YAML file."
+        ),
     ] = "triple",
     bands: Annotated[
         str | None,

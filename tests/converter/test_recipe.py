@@ -132,5 +132,5 @@ def test_bad_yaml_names_file_and_key(tmp_path, text, message):
 
 
 def test_unknown_preset_lists_the_known():
-    with pytest.raises(RecipeError, match="expected one of optimal, triple, double, single, low-rank"):
+    with pytest.raises(RecipeError, match="expected one of optimal, corrected, triple, double, single, low-rank"):
         Recipe.preset("quadruple")
