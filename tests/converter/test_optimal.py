@@ -161,3 +161,16 @@ def test_whitened_vectors_hold_more_of_the_output_than_plain_ones():
     assert lost(whitened_svd(delta, moment, 6)) < 0.7 * lost(truncated_svd(delta, 6))
     assert lost(whitened_svd(delta, moment, 24)) < 1e-4 * lost(truncated_svd(delta, 6))
     torch.testing.assert_close(whitened_svd(delta, moment, 6).v.norm(dim=1), torch.ones(6))
+
+
+def test_corrected_keeps_the_presets_bands(pair, tmp_path):
+    found = {}
+    for name in ("triple", "corrected"):
+        recipe = Recipe.preset(name, ratio=RATIO)
+        settings = CompressionOptions(recipe, samples=8, sequence_length=64, device="cpu")
+        path = compress(*pair, tmp_path / f"{name}.safetensors", settings)
+        with Delta.open(path) as delta:
+            bands = {key: record.bands for key, record in factored(delta).items()}
+            found[name] = delta.byte_count().projections, bands, [r.sigma.tolist() for r in factored(delta).values()]
+    assert found["triple"][:2] == found["corrected"][:2]
+    assert found["triple"][2] != found["corrected"][2]
