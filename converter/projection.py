@@ -122,7 +122,7 @@ def _quantize_u(
     if recipe.correct_target:
         seen = delta if hessian is None else delta @ hessian
         if lacking is not None:
-            seen += lacking
+            seen = seen + lacking
         target = _corrected(factor.u, u_hessian, seen @ basis.T)
     if hessian is None:
         return round_to_nearest(target.T.contiguous(), bits, recipe.group_size, recipe.grid), target

@@ -88,7 +88,7 @@ class Recipe(BaseModel):
         correct_target: fit U to what V's quantization left of the delta before it is quantized.
         correct_drift: fit U also to what the compressed layers before it lost: its projection's target is the
             fine-tune's own output on the fine-tune's own input, and where it is added to the residual stream what that
-            stream lacks. Needs `correct_target`, and calibration.
+            stream lacks. A part of `correct_target`; without calibration it does nothing.
         unbiased: lengthen sigma by what each vector of U lost along itself when it was quantized.
         group_size: codes that share one scale and zero.
         damping: GPTQ's `percdamp`, relative to the mean of the Hessian's diagonal.
