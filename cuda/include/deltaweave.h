@@ -290,8 +290,8 @@ typedef struct dw_gemm {
   const float* weights; /* of token t at t * weights_stride; NULL for ones */
   int64_t weights_stride;
 } dw_gemm;
-/* Reads sizes alone: pointers may be NULL. In prefill the workspace has room for the unpacked
- * factors of as many slots as can have 128 tokens. */
+/* Reads sizes alone: pointers may be NULL. In prefill the workspace has room for 16-bit images of
+ * the tokens, by tiles of 128 a slot. */
 DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
 

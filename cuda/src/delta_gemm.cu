@@ -61,14 +61,10 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_recor
   gemm.ranks = cut.ranks;
   gemm.blocks = cut.blocks;
   gemm.x_image = workspace + cut.x_image;
-  gemm.image_scale = reinterpret_cast<float*>(workspace + cut.image_scale);
+  gemm.token_scales = reinterpret_cast<float2*>(workspace + cut.token_scales);
   gemm.h_image = workspace + cut.h_image;
-  gemm.h_scale = reinterpret_cast<float*>(workspace + cut.h_scale);
-  gemm.weights = workspace + cut.weights;
   gemm.cuts = reinterpret_cast<int*>(workspace + cut.cuts);
-  // Wide tiles where there are enough of them, and registers.
-  gemm.columns = compute_major() == 9 && args.token_count > 1024 ? 256 : 128;
-  gemm.weights_a_slot = cut.weights_a_slot;
+  gemm.counters = reinterpret_cast<int*>(workspace + cut.counters);
   gemm.image_tiles = cut.image_tiles;
   gemm.rank_tiles = cut.rank_tiles;
   gemm.most_parts = cut.most_parts;
@@ -77,8 +73,7 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_recor
     const dw_slice& slice = args.slices[s];
     gemm.slices[s] = {slice.parameter,  slice.out_features,
                       slice.out_offset, group_count(slice.out_features, slice.out_offset),
-                      slice.y,          slice.y_stride,
-                      cut.v_image[s],   cut.u_image[s]};
+                      slice.y,          slice.y_stride};
   }
   return gemm;
 }
@@ -127,13 +122,13 @@ dw_status run_decode(const dw_gemm& args, const Workspace& cut, dw_record_kind r
   return check_launch(launch_expand(gemm, stream), "expand");
 }
 
-// Slots with many: both stages as products of 16-bit images.
+// Slots with many: both stages as products of packed codes, unpacked in registers, with 16-bit
+// images of the tokens.
 dw_status run_dense(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
                     cudaStream_t stream) {
   const Gemm gemm = describe(args, cut, true, record);
-  DW_RETURN_IF_ERROR(check_launch(prefill::launch_operands(args, gemm, stream), "operands"));
+  DW_RETURN_IF_ERROR(check_launch(prefill::launch_x_image(args, gemm, stream), "image of x"));
   DW_RETURN_IF_ERROR(check_launch(prefill::launch_stage1(gemm, stream), "prefill stage 1"));
-  DW_RETURN_IF_ERROR(check_launch(prefill::launch_h_image(gemm, stream), "image of h"));
   return check_launch(prefill::launch_stage2(gemm, stream), "prefill stage 2");
 }
 

@@ -84,9 +84,9 @@ dw_status check_pointers(const dw_gemm& args) {
 
 namespace {
 
-// The most parts into which prefill cuts in_features: their sums must not become traffic.
+// The most parts into which prefill cuts in_features: few where tokens and slices fill the GPU.
 int most_parts(const dw_gemm& args) {
-  return std::clamp(12288 / (args.token_count * args.slice_count), 1, 8);
+  return std::clamp(4096 / (args.token_count * args.slice_count), 1, 8);
 }
 
 }  // namespace
@@ -113,25 +113,20 @@ Workspace cut_workspace(const dw_gemm& args) {
   cut.most_parts = dense_slots > 0 ? most_parts(args) : 0;
   cut.x = advance(tokens * cut.padded_in * 2);
   cut.x_scale = advance(tokens * sizeof(float));
-  const int sums = std::max({cut.tiles, cut.lora_tiles, cut.most_parts});
-  cut.h = advance(sums * rows * cut.ranks * sizeof(float));
+  const size_t decode_sums = std::max(cut.tiles, cut.lora_tiles) * rows * cut.ranks;
+  cut.image_tiles = dense_slots > 0 ? most_image_tiles(args.token_count, args.slot_count) : 0;
+  const size_t images = size_t{1} * args.slice_count * cut.image_tiles;  // of h, of 128 tokens
+  const size_t rank_groups = ceil_div(cut.ranks, kGroup);
+  const size_t parts = cut.most_parts > 1 ? cut.most_parts : 0;
+  const size_t part_sums = parts * images * rank_groups * kGroup * kPrefillTokens;
+  cut.h = advance(std::max(decode_sums, part_sums) * sizeof(float));
   if (dense_slots == 0) return cut;
-  cut.image_tiles = most_image_tiles(args.token_count, args.slot_count);
-  cut.rank_tiles = 2 * ceil_div(cut.ranks, kGroup);
-  const size_t rank_bytes = cut.rank_tiles * size_t{kImageTileBytes};  // of 128 rows
+  cut.rank_tiles = static_cast<int>(2 * rank_groups);
   cut.x_image = advance(cut.image_tiles * 2 * groups * size_t{kImageTileBytes});
-  cut.image_scale = advance(tokens * sizeof(float));
-  cut.h_image = advance(args.slice_count * cut.image_tiles * rank_bytes);
-  cut.h_scale = advance(rows * sizeof(float));
-  for (int s = 0; s < args.slice_count; ++s) {
-    const dw_slice& slice = args.slices[s];
-    cut.v_image[s] = cut.weights_a_slot;
-    cut.u_image[s] = cut.v_image[s] + groups * rank_bytes;
-    cut.weights_a_slot =
-        cut.u_image[s] + group_count(slice.out_features, slice.out_offset) * rank_bytes;
-  }
+  cut.h_image = advance(images * 2 * rank_groups * kImageTileBytes);
+  cut.token_scales = advance(tokens * 2 * sizeof(float));
   cut.cuts = advance((2 + dense_slots * args.slice_count) * sizeof(int));
-  cut.weights = advance(dense_slots * cut.weights_a_slot);
+  cut.counters = advance(images * rank_groups * sizeof(int));
   return cut;
 }
 

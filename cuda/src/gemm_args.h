@@ -14,17 +14,15 @@ namespace dw {
 struct Workspace {
   size_t x;        // half [tokens, padded_in]: x behind in_offset zeros, scaled by a power of two
   size_t x_scale;  // float [tokens]: what undoes that scale
-  size_t h;        // float [tiles or parts, slices, tokens, ranks]: sigma * (V^ x), tokens in the
-                   // plan's order
+  size_t h;        // decode: float [tiles, slices, tokens, ranks]: sigma * (V^ x), tokens in the
+                   // plan's order; prefill: float, of each tile of stage 1 its parts
   size_t bytes;
   int padded_in, ranks, blocks;
   int tiles, tile_groups;            // how the groups of in_features are cut in stage 1 of decode
   int lora_tiles, lora_tile_groups;  // and of gated LoRAs
 
-  // Images (prefill.cuh) of x, of h a slice, and of the factors a dense slot; their scales; how
-  // stage 1 is cut.
-  size_t x_image, image_scale, h_image, h_scale, weights, cuts;
-  int64_t v_image[DW_MAX_SLICES], u_image[DW_MAX_SLICES], weights_a_slot;
+  // Images (prefill.cuh) of x and of h a slice; the tokens' scales; how stage 1 is cut.
+  size_t x_image, h_image, token_scales, cuts, counters;
   int image_tiles, rank_tiles, most_parts;
 };
 

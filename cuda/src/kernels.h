@@ -17,7 +17,6 @@ struct Slice {
   int projection, out_features, out_offset, groups;
   void* y;
   int64_t y_stride;
-  int64_t v_image, u_image;  // prefill: bytes from the start of a slot's images
 };
 
 // One call of dw_delta_gemm or dw_gated_lora as the device sees it.
@@ -39,14 +38,12 @@ struct Gemm {
   int chunk_tokens;
   float* h;           // [tiles, slices, tokens, ranks]
   int ranks, blocks;  // of h: its pitch, and the most blocks of ranks
-  // Prefill (prefill.cuh): images of x, of h (one a slice) and of the dense slots' factors, with
-  // what undoes the scales of x [tokens in plan order] and h [slices, tokens].
-  unsigned char *x_image, *h_image, *weights;
-  float *image_scale, *h_scale;
-  int64_t weights_a_slot;  // bytes
-  int* cuts;               // most ranks and most parts of any, parts of each [dense slots, slices]
+  // Prefill (prefill.cuh): images of x and of h (one a slice), the tokens' scales in plan order.
+  unsigned char *x_image, *h_image;
+  float2* token_scales;
+  int* cuts;      // most ranks and most parts of any, parts of each [dense slots, slices]
+  int* counters;  // parts that are ready, of each tile of stage 1
   int image_tiles, rank_tiles, most_parts;  // rank_tiles: of 64, the space a record's ranks have
-  int columns;                              // ranks of a work item of stage 1
   int slice_count;
   Slice slices[DW_MAX_SLICES];
 };
@@ -65,8 +62,7 @@ cudaError_t launch_lora_shrink(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_lora_expand(const Gemm& gemm, cudaStream_t stream);
 
 namespace prefill {
-cudaError_t launch_operands(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream);
-cudaError_t launch_h_image(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_x_image(const dw_gemm& args, const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_stage1(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_stage2(const Gemm& gemm, cudaStream_t stream);
 }  // namespace prefill

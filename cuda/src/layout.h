@@ -29,6 +29,7 @@
 //
 //     [0]  the largest |scale| of u as the kernels see it: as stored, and 1 for a 16-bit band
 //     [1]  2^-s, which undoes it on the sums; 1 if all of u is zero
+//     [2]  a bound on |sigma * v|, for prefill
 //
 // A fusion's LORA record lies as a factored one does whose bands are the experts: A as v, B as u,
 // the experts' scales as sigma. A MIX record's header, float[64]: [0..7] the bias, [8] the
@@ -114,10 +115,8 @@ constexpr int kPrefillTokens = 128;
 // The default by launch bucket.
 DW_HD int default_chunk(int tokens) { return tokens <= 256 ? kDecodeTokens : kPrefillTokens; }
 
-// In prefill a slot with at least so many tokens is dense: its factors are unpacked to 16 bits
-// first. Of a Llama-2-7B that takes as long as decode takes for about 50 tokens, and needs space
-// for the slot's factors (90 MB for gate and up), which a higher threshold bounds. By the slot's
-// own tokens alone.
+// In prefill a slot with at least so many tokens is dense: it fills a tile of the tensor core's
+// columns. By the slot's own tokens alone.
 constexpr int kDenseTokens = 128;
 DW_HD int most_dense_slots(int tokens, int slots) {
   return tokens / kDenseTokens < slots ? tokens / kDenseTokens : slots;

@@ -1,265 +1,121 @@
 // SPDX-License-Identifier: Apache-2.0
-// Both products of the prefill path, over the images of prefill_images.cu:
+// Both products of the prefill path, packed weights by images of tokens (prefill.cuh):
 //
-//   stage 1   h[part, s, t, r] = sigma[r] * sum over part's k of V^[r, k] x[t, k]     float
-//   stage 2   y[s, t, n] += sum_r U^[r, n] h[s, t, r]                         fp16 or bf16 [tokens,
-//   out]
+//   stage 1   h[s, t, r] = sigma[r] * sum_k V^[r, k] x[t, k]      image, times a power of two
+//   stage 2   y[s, t, n] += sum_r U^[r, n] h[s, t, r]             fp16 or bf16 [tokens, out]
 //
-// (times what the images were scaled by, which stage 2 undoes)
+// The power of two follows from a bound on |h| (prefill.cuh), which stage 2 undoes. Of LORA h is
+// multiplied by the expert's weight for the token.
 //
 // Roofline: the tensor cores, 2 * rank * (in + out) flops a token: for Llama-2-7B 3.3 ms of 512
-// tokens at 990 TFLOP/s. A tile of 128 x kColumns takes (128 + kColumns) * 128 bytes from L2 for
-// 16384 * kColumns flops, and stage 2 reads and writes y.
+// tokens at 990 TFLOP/s. A tile of 128 tokens takes 16 kB of them and a fourth of that of 2-bit
+// weights from L2 for 64 k, which are 1024 clocks of the tensor cores with 256 weight rows.
 //
-// Work item = (chunk of 128 tokens, slice, kColumns ranks or outputs, in stage 1 a part of
-// in_features), all k. Consecutive items are the chunks that share weights. A block of threads
-// takes every gridDim-th: one warp copies tiles of 64 k of both operands ahead into a ring of
-// stages, over the ends of items; two groups of four warps multiply, 64 tokens each: wgmma with
-// both operands from shared memory on sm_90a, mma.sync elsewhere, with the same sums in the same
-// registers. Sums run over k in order, parts are added in order by the image of h: a token's bits
-// depend on nothing but its slot and x.
+// Work item = (chunk of 128 tokens, in stage 2 on sm_90a two of a slot; slice; 128 ranks or
+// outputs; in stage 1 a part of in_features), all k. Consecutive items are the chunks that share
+// weights. A block of threads takes every gridDim-th: four warps copy both operands ahead into a
+// ring of stages, over the ends of items; two groups of four warps unpack 64 weight rows each to
+// registers, 64 k at a time (prefill_weights.cuh), and multiply: wgmma with the weights from
+// registers and the tokens from shared memory on sm_90a, while the next 64 k are unpacked; mma.sync
+// elsewhere, with the same sums in the same registers. The block of threads that ends last of a
+// tile's parts adds them up, in order. Sums run over k in order: a token's bits depend on nothing
+// but its slot and x.
 #include <cuda_bf16.h>
 
-#include "batch.cuh"
-#include "prefill.cuh"
+#include "prefill_stage1.cuh"
+#include "prefill_stage2.cuh"
 
 namespace dw {
 namespace prefill {
 namespace {
 
-constexpr int kConsumers = 8;                    // warps that multiply
-constexpr int kThreads = 32 * (kConsumers + 4);  // of the other four one copies
-
-template <int kColumns, int kStages>
+template <typename Stage, int kStages>
 struct Shared {
-  struct Stage {
-    unsigned char tokens[kTileBytes], weights[kColumns / kTileRows * kTileBytes];
+  struct alignas(1024) Operands {
+    unsigned char tokens[Stage::kTiles][Stage::kSteps][kTileBytes];
+    unsigned char weights[Stage::kBlocks][kMaxBlockBytes];
   } stage[kStages];
-  Stages<kStages, kConsumers> stages;
+  Stages<kStages, kConsumers, kProducers> stages;
+  int arrived;  // parts of the item's tile that were ready before this one
 };
 
-struct Item {
-  int4 chunk;  // slot, first token in plan order, count, place among the dense slots
-  const int64_t* row;
-  int slice, part;
-  int column;             // the first rank, or the first output's place in whole groups
-  int depth;              // k tiles; 0: nothing to do
-  int weights_rows;       // tiles of 128 rows, 1 or 2
-  int64_t weights_pitch;  // bytes between them
-  const unsigned char *tokens, *weights;  // first tiles
-};
-
-// This thread's rows of an item's tokens: `half` 0 and 1.
-__device__ __forceinline__ int token_row(int half) {
-  return threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4 + 8 * half;
-}
-
-template <int kColumns>
-struct Stage1 {
-  const Gemm& gemm;
-  int chunks, items, tiles;  // tiles: of columns, of the record with the most ranks
-
-  __device__ __forceinline__ explicit Stage1(const Gemm& gemm)
-      : gemm(gemm), chunks(dense_chunks(gemm)), items(0), tiles(1) {
-    if (chunks == 0) return;
-    tiles = ceil_div(__ldcg(gemm.cuts), kColumns);
-    items = chunks * gemm.slice_count * tiles * __ldcg(gemm.cuts + 1);
-  }
-
-  __device__ __forceinline__ Item at(int index) const {
-    Item item;
-    const int chunk = index % chunks;
-    index /= chunks;
-    item.slice = index % gemm.slice_count;
-    index /= gemm.slice_count;
-    item.column = index % tiles * kColumns;
-    item.part = index / tiles;
-    item.chunk = dense_chunk(gemm, chunk);
-    item.row = directory_row(gemm, gemm.slices[item.slice].projection, item.chunk.x);
-    const int depth = input_tiles(gemm), padded = padded_ranks(gemm, item.row);
-    const int each = ceil_div(depth, parts_of(gemm, item.slice, item.chunk.w));
-    const int first = item.part * each;
-    item.depth = item.column < padded ? max(0, min(each, depth - first)) : 0;
-    item.weights_rows = min(ceil_div(padded - item.column, kTileRows), kColumns / kTileRows);
-    item.weights_pitch = static_cast<int64_t>(depth) * kTileBytes;
-    item.tokens = gemm.x_image + (static_cast<int64_t>(chunk) * depth + first) * kTileBytes;
-    item.weights = v_image(gemm, item.slice, item.chunk.w) +
-                   item.column / kTileRows * item.weights_pitch +
-                   static_cast<int64_t>(first) * kTileBytes;
-    return item;
-  }
-
-  __device__ __forceinline__ void expect_y(const Item&) const {}
-
-  __device__ __forceinline__ void finish(const Item& item, const Sums<kColumns>& sums) const {
-    const int lane_column = item.column + threadIdx.x % 4 * 2,
-              padded = padded_ranks(gemm, item.row);
-    const float* sigma = reinterpret_cast<const float*>(gemm.arena + item.row[DW_FIELD_SIGMA]);
-    float* to[2];
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int order = item.chunk.y + min(token_row(half), item.chunk.z - 1);
-      to[half] = h_row(gemm, item.part, item.slice, order);
-    }
-#pragma unroll
-    for (int j = 0; j < kColumns / 8; ++j) {
-      const int column = lane_column + 8 * j;
-      if (column >= padded) break;
-      const float2 factor = __ldg(reinterpret_cast<const float2*>(sigma + column));
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (token_row(half) >= item.chunk.z) continue;
-        *reinterpret_cast<float2*>(to[half] + column) =
-            make_float2(sums[j][2 * half] * factor.x, sums[j][2 * half + 1] * factor.y);
-      }
-    }
-  }
-};
-
-template <typename T, int kColumns>
-struct Stage2 {
-  static constexpr int kGroups = kColumns / kGroup;  // an item
-
-  const Gemm& gemm;
-  int chunks, items;
-
-  __device__ __forceinline__ explicit Stage2(const Gemm& gemm)
-      : gemm(gemm), chunks(dense_chunks(gemm)), items(0) {
-    for (int s = 0; s < gemm.slice_count; ++s) {
-      items += chunks * ceil_div(gemm.slices[s].groups, kGroups);
-    }
-  }
-
-  __device__ __forceinline__ Item at(int index) const {
-    Item item;
-    const int chunk = index % chunks;
-    index /= chunks;
-    item.slice = item.part = 0;
-    while (index >= ceil_div(gemm.slices[item.slice].groups, kGroups)) {
-      index -= ceil_div(gemm.slices[item.slice++].groups, kGroups);
-    }
-    item.column = index * kColumns;
-    item.chunk = dense_chunk(gemm, chunk);
-    item.row = directory_row(gemm, gemm.slices[item.slice].projection, item.chunk.x);
-    item.depth = rank_tiles(padded_ranks(gemm, item.row));
-    item.weights_rows = min(gemm.slices[item.slice].groups - index * kGroups, kGroups);
-    item.weights_pitch = static_cast<int64_t>(gemm.rank_tiles) * kTileBytes;
-    item.tokens = h_image(gemm, item.slice) + chunk * item.weights_pitch;
-    item.weights = u_image(gemm, item.slice, item.chunk.w) + index * kGroups * item.weights_pitch;
-    return item;
-  }
-
-  __device__ __forceinline__ T* y_row(const Item& item, int row) const {
-    const Slice& slice = gemm.slices[item.slice];
-    return static_cast<T*>(slice.y) + token_at(gemm, item.chunk.y + row) * slice.y_stride;
-  }
-
-  // The copying warp asks L2 for the item's part of y.
-  __device__ __forceinline__ void expect_y(const Item& item) const {
-    const Slice& slice = gemm.slices[item.slice];
-    const int first = max(0, item.column - slice.out_offset);
-    const int last = min(item.column + kColumns - slice.out_offset, slice.out_features);
-    for (int row = threadIdx.x % 32; row < item.chunk.z; row += 32) {
-      const T* from = y_row(item, row);
-      for (int n = first; n < last; n += 64) {
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(from + n));
-      }
-    }
-  }
-
-  // Lane 4q + c has outputs 32b + 8c .. + 7 of rows q and q + 8.
-  __device__ __forceinline__ void finish(const Item& item, const Sums<kColumns>& sums) const {
-    const Slice& slice = gemm.slices[item.slice];
-    const int first = item.column - slice.out_offset + 8 * (threadIdx.x % 4);
-    const float* header = reinterpret_cast<const float*>(gemm.arena + item.row[DW_FIELD_HEADER]);
-    const float* h_scale =
-        gemm.h_scale + static_cast<int64_t>(item.slice) * gemm.token_count + item.chunk.y;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = token_row(half);
-      if (row >= item.chunk.z) continue;
-      T* y = y_row(item, row);
-      const float scale = __ldcg(h_scale + row) * header[1];
-      const auto delta = [&](int b, float (&values)[8]) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) values[i] += sums[4 * b + i / 2][2 * half + i % 2] * scale;
-      };
-      float values[8];
-      if (is_wide(y, first, slice.out_features - (kColumns - 32))) {
-        uint4 old[kColumns / 32];
-#pragma unroll
-        for (int b = 0; b < kColumns / 32; ++b) {
-          old[b] = __ldcg(reinterpret_cast<const uint4*>(y + first + 32 * b));
-        }
-#pragma unroll
-        for (int b = 0; b < kColumns / 32; ++b) {
-          read_octet<T>(old[b], values);
-          delta(b, values);
-          *reinterpret_cast<uint4*>(y + first + 32 * b) = write_octet<T>(values);
-        }
-        continue;
-      }
-#pragma unroll
-      for (int b = 0; b < kColumns / 32; ++b) {
-        load_octet(y, first + 32 * b, slice.out_features, values);
-        delta(b, values);
-        store_octet(y, first + 32 * b, slice.out_features, values);
-      }
-    }
-  }
-};
-
-template <typename Stage, int kColumns, int kStages>
+template <typename Stage, int kStages>
 __device__ __forceinline__ void produce(const Stage& stage, const Item& item,
-                                        Shared<kColumns, kStages>& shared, Turn<kStages>& turn) {
-  for (int k = 0; k < item.depth; ++k, turn.next()) {
+                                        Shared<Stage, kStages>& shared, Turn<kStages>& turn) {
+  constexpr int kBytes = Stage::kSteps * kTileBytes;   // of a tile's tokens
+  constexpr int kShare = Stage::kBlocks / kProducers;  // of a stage's packed blocks
+  const int lane = threadIdx.x % 32, warp = static_cast<int>(threadIdx.x) / 32 - kConsumers;
+  const int place = warp * kShare + min(lane, kShare - 1);
+  const bool has_tile = warp < ceil_div(item.chunk.z, kTileRows);
+  typename Stage::Source source(stage, item, place);
+  after_previous();
+  const unsigned char* tokens = item.tokens + warp * stage.tile_pitch();
+  for (int k = 0; k * Stage::kSteps < item.steps; ++k, turn.next(), tokens += kBytes) {
     auto& to = shared.stage[turn.place];
-    const int64_t from = static_cast<int64_t>(k) * kTileBytes;
+    const Block block = lane < kShare ? source.at(k) : Block{nullptr, 0};
+    const int packed = __reduce_add_sync(0xffffffffu, block.bytes);
     shared.stages.wait_empty(turn);
-    shared.stages.expect(turn, (1 + item.weights_rows) * kTileBytes);
+    shared.stages.expect(turn, packed + (has_tile ? kBytes : 0));
     __syncwarp();
-    shared.stages.copy_wide(turn, to.tokens, item.tokens + from, kTileBytes);
-    for (int i = 0; i < item.weights_rows; ++i) {
-      shared.stages.copy_wide(turn, to.weights + i * kTileBytes,
-                              item.weights + i * item.weights_pitch + from, kTileBytes);
-    }
+    if (has_tile) shared.stages.copy_wide(turn, to.tokens[warp % Stage::kTiles][0], tokens, kBytes);
+    if (block.bytes > 0) shared.stages.copy(turn, to.weights[place], block.from, block.bytes);
     shared.stages.close(turn);
-    if (k == 0) stage.expect_y(item);
   }
+  if (warp == kProducers - 1 && item.steps > 0) stage.expect_y(item);
 }
 
-template <typename Stage, int kColumns, int kStages>
+// While a step's products run, the next one's weights are unpacked: 64 k of 64 rows. They are
+// multiplied with all of the item's tiles of tokens.
+template <typename Stage, int kStages>
 __device__ __forceinline__ void consume(const Stage& stage, const Item& item,
-                                        Shared<kColumns, kStages>& shared, Turn<kStages>& turn) {
-  Sums<kColumns> sums = {};
-  Turn<kStages> previous = turn;
-  for (int k = 0; k < item.depth; ++k) {
-    const auto& now = shared.stage[turn.place];
-    shared.stages.wait_full(turn);
-    begin_products<kColumns>(sums, now.tokens, now.weights);
-    wait_products<1>();
-    if (k > 0) shared.stages.release(previous);
-    previous = turn;
-    turn.next();
+                                        Shared<Stage, kStages>& shared, Turn<kStages>& turn) {
+  constexpr int kSteps = Stage::kSteps;
+  typename Stage::Weights weights(stage, item);
+  after_previous();
+  Sums sums[Stage::kTiles] = {};
+  Fragments a[2] = {};
+  Turn<kStages> read = turn;  // the first stage that may still be read
+  for (int pair = 0; pair < item.steps; pair += 2) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      const int step = pair + i;
+      if (step >= item.steps) break;
+      const int half = kSteps == 2 ? i : 0;
+      const auto& now = shared.stage[turn.place];
+      if (half == 0) shared.stages.wait_full(turn);
+      wait_products<1>();  // the last but one have ended
+      keep(a[i]);
+      if (pair > 0 && (kSteps == 1 || i == 1)) {
+        shared.stages.release(read);
+        read.next();
+      }
+      weights.unpack(a[i], now.weights, step);
+      __syncwarp();
+      begin_products(sums, a[i], now.tokens[0][half], kSteps * kTileBytes);
+      if (half == kSteps - 1) turn.next();
+    }
   }
   wait_products<0>();
-  shared.stages.release(previous);
-  stage.finish(item, sums);
+  keep(a[0]);
+  keep(a[1]);
+  while (read.place != turn.place || read.round != turn.round) {
+    shared.stages.release(read);
+    read.next();
+  }
+  stage.finish(item, sums, shared.arrived);
 }
 
-template <typename Stage, int kColumns, int kStages>
+template <typename Stage, int kStages>
 __device__ __forceinline__ void run(const Gemm& gemm) {
   extern __shared__ __align__(1024) unsigned char memory[];
-  auto& shared = *reinterpret_cast<Shared<kColumns, kStages>*>(memory);
+  auto& shared = *reinterpret_cast<Shared<Stage, kStages>*>(memory);
   if (threadIdx.x == 0) shared.stages.initialize();
   __syncthreads();
-  after_previous();
   let_next_begin();
   const Stage stage(gemm);
   Turn<kStages> turn;
   if (threadIdx.x / 32 >= kConsumers) {
     give_registers();
-    if (threadIdx.x / 32 > kConsumers) return;
     for (int index = blockIdx.x; index < stage.items; index += gridDim.x) {
       produce(stage, stage.at(index), shared, turn);
     }
@@ -267,63 +123,53 @@ __device__ __forceinline__ void run(const Gemm& gemm) {
     take_registers();
     for (int index = blockIdx.x; index < stage.items; index += gridDim.x) {
       const Item item = stage.at(index);
-      if (item.depth > 0) consume(stage, item, shared, turn);
+      if (item.steps > 0) consume(stage, item, shared, turn);
     }
   }
+  after_previous();  // also without items: the next kernel takes this one's end for all before it
 }
 
-// Launched elsewhere than on compute capability 9.0.
-constexpr int kPlainColumns = 128, kPlainStages = 3;
+// Stages where there is no wgmma: what 99 kB of shared memory hold.
+template <typename Stage>
+constexpr int kPlainStages = Stage::kSteps == 2 ? 2 : 3;
 
-template <typename Stage, int kColumns, int kStages>
+template <typename Stage, int kStages>
 __global__ void __launch_bounds__(kThreads, 1) gemm_kernel(const __grid_constant__ Gemm gemm) {
 #if !DW_WGMMA
-  if constexpr (kColumns == kPlainColumns && kStages == kPlainStages)
+  if constexpr (Stage::kTiles == 1 && kStages == kPlainStages<Stage>)
 #endif
-    run<Stage, kColumns, kStages>(gemm);
+    run<Stage, kStages>(gemm);
 }
 
-template <template <int> typename Stage>
-cudaError_t launch(const Gemm& gemm, int columns, cudaStream_t stream) {
-  const auto launch_shape = [&]<int kColumns, int kStages>() {
-    return launch_dependent(gemm_kernel<Stage<kColumns>, kColumns, kStages>,
-                            dim3(multiprocessors()), kThreads, sizeof(Shared<kColumns, kStages>),
-                            stream, gemm);
-  };
-  if (columns == 256) return launch_shape.template operator()<256, 4>();
-  if (compute_major() == 9) return launch_shape.template operator()<128, 6>();
-  return launch_shape.template operator()<kPlainColumns, kPlainStages>();
+template <typename Stage, int kStages>
+cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
+  return launch_dependent(gemm_kernel<Stage, kStages>, dim3(multiprocessors()), kThreads,
+                          sizeof(Shared<Stage, kStages>), stream, gemm);
 }
 
-// Items of 256 outputs take 5/3 of the time of 128, so that they gain unless too few are left to
-// fill the GPU. (Which is chosen changes no sum's order.)
-int stage2_columns(const Gemm& gemm) {
-  if (compute_major() != 9) return kPlainColumns;
-  const auto rounds = [&](int groups_an_item) {
-    int items = 0;
-    for (int s = 0; s < gemm.slice_count; ++s) {
-      items += ceil_div(gemm.slices[s].groups, groups_an_item);
-    }
-    return ceil_div(items * ceil_div(gemm.token_count, kTileRows), multiprocessors());
-  };
-  return 5 * rounds(2) < 3 * rounds(1) ? 256 : 128;
+// Two tiles of tokens where there are registers for their sums and items for all multiprocessors.
+template <typename T>
+cudaError_t launch_stage2_of(const Gemm& gemm, cudaStream_t stream) {
+  using One = Stage2<T, 1>;
+  if (compute_major() != 9) return launch<One, kPlainStages<One>>(gemm, stream);
+  // Where all items of one tile run at once, two tiles each would only leave some without.
+  int groups = 0;
+  for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
+  const int items = groups * ceil_div(gemm.token_count, kTileRows);
+  if (items <= multiprocessors()) return launch<One, 8>(gemm, stream);
+  return launch<Stage2<T, 2>, 5>(gemm, stream);
 }
-
-template <int kColumns>
-using Stage2Half = Stage2<__half, kColumns>;
-template <int kColumns>
-using Stage2Bfloat16 = Stage2<__nv_bfloat16, kColumns>;
 
 }  // namespace
 
 cudaError_t launch_stage1(const Gemm& gemm, cudaStream_t stream) {
-  return launch<Stage1>(gemm, gemm.columns, stream);
+  if (compute_major() == 9) return launch<Stage1, 4>(gemm, stream);
+  return launch<Stage1, kPlainStages<Stage1>>(gemm, stream);
 }
 
 cudaError_t launch_stage2(const Gemm& gemm, cudaStream_t stream) {
-  const int columns = stage2_columns(gemm);
-  return gemm.y_dtype == DW_BFLOAT16 ? launch<Stage2Bfloat16>(gemm, columns, stream)
-                                     : launch<Stage2Half>(gemm, columns, stream);
+  return gemm.y_dtype == DW_BFLOAT16 ? launch_stage2_of<__nv_bfloat16>(gemm, stream)
+                                     : launch_stage2_of<__half>(gemm, stream);
 }
 
 }  // namespace prefill

@@ -105,6 +105,18 @@ RepackBands describe_bands(const dw_repack_args& args, const Payload& payload) {
   return bands;
 }
 
+void describe_ranges(const dw_record& record, const Factor& factor, RepackRange* ranges) {
+  walk_bands(record, factor,
+             [&](int b, const dw_band& band, const unsigned char* codes, const __half* grid) {
+               RepackRange& range = ranges[b];
+               range.scales = band.bits != 16;
+               range.values = range.scales ? grid : reinterpret_cast<const __half*>(codes);
+               range.pairs = range.scales && band.grid == DW_GRID_AFFINE;
+               range.count = range.scales ? factor.grid_halves(band)
+                                          : static_cast<int64_t>(band.rank) * factor.features;
+             });
+}
+
 RepackNumbers describe_numbers(const dw_repack_args& args, const Payload& payload) {
   const dw_record& record = args.record;
   unsigned char* base = static_cast<unsigned char*>(args.payload);
@@ -114,6 +126,7 @@ RepackNumbers describe_numbers(const dw_repack_args& args, const Payload& payloa
   for (int b = 0; b < record.band_count; ++b) {
     const dw_band& band = record.bands[b];
     numbers.rank[b] = band.rank;
+    numbers.top[b] = (1 << band.bits) - 1;
     numbers.level_count[b] = band.grid == DW_GRID_CODEBOOK ? 1 << band.bits : 0;
     numbers.levels_to[b] = reinterpret_cast<__half*>(base + payload.bands[b].levels);
   }
@@ -121,16 +134,8 @@ RepackNumbers describe_numbers(const dw_repack_args& args, const Payload& payloa
   numbers.sigma = args.sigma;
   numbers.sigma_to = reinterpret_cast<float*>(base + payload.sigma);
   numbers.header_to = reinterpret_cast<float*>(base);
-  const Factor u = u_factor(args);
-  walk_bands(
-      record, u, [&](int b, const dw_band& band, const unsigned char* codes, const __half* grid) {
-        RepackRange& range = numbers.ranges[b];
-        range.scales = band.bits != 16;
-        range.values = range.scales ? grid : reinterpret_cast<const __half*>(codes);
-        range.step = band.grid == DW_GRID_AFFINE ? 2 : 1;
-        range.count =
-            range.scales ? u.grid_halves(band) : static_cast<int64_t>(band.rank) * u.features;
-      });
+  describe_ranges(record, v_factor(args), numbers.v_ranges);
+  describe_ranges(record, u_factor(args), numbers.u_ranges);
   return numbers;
 }
 

@@ -35,23 +35,23 @@ struct RepackBands {
   const float* header;  // of a factored record: [1] undoes u's power of two
 };
 
-// u's scales, or its 16-bit values, of one band.
+// A factor's grid, or its 16-bit values, of one band.
 struct RepackRange {
   const __half* values;
   int64_t count;
-  int step;  // 2: the scales of (scale, zero) pairs
-  bool scales;
+  bool scales, pairs;  // pairs: (scale, zero)
 };
 
 struct RepackNumbers {
   int band_count;
   int rank[DW_MAX_BANDS];
+  int top[DW_MAX_BANDS];          // the largest code
   int level_count[DW_MAX_BANDS];  // 0 without a codebook
   __half* levels_to[DW_MAX_BANDS];
   const float *sigma, *levels;
   float* sigma_to;   // null: no sigma, header and ranges
   float* header_to;  // layout.h
-  RepackRange ranges[DW_MAX_BANDS];
+  RepackRange v_ranges[DW_MAX_BANDS], u_ranges[DW_MAX_BANDS];
 };
 
 cudaError_t launch_repack_numbers(const RepackNumbers& numbers, cudaStream_t stream);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stages of shared memory that one warp fills ahead of use by several: by the bulk copy engine on
-// sm_90 and later, by cp.async before. Sizes and addresses are multiples of 16 bytes.
+// Stages of shared memory that warps fill ahead of use by others: by the bulk copy engine on sm_90
+// and later, by cp.async before. Sizes and addresses are multiples of 16 bytes.
 //
 // A stage is full when all its bytes have arrived and empty when all consumer warps have read it.
+// Each of several filling warps announces its own bytes.
 // Stages are taken in turn; every warp keeps its own turn.
 //
 //   filling:  wait_empty(turn); expect(turn, all bytes); __syncwarp(); copy...; close(turn)
@@ -33,7 +34,7 @@ struct Turn {
   }
 };
 
-template <int kStages, int kConsumers>
+template <int kStages, int kConsumers, int kProducers = 1>
 struct Stages {
   using Now = Turn<kStages>;
 
@@ -42,7 +43,7 @@ struct Stages {
   // One thread calls it, before a barrier of all.
   __device__ __forceinline__ void initialize() {
     for (int s = 0; s < kStages; ++s) {
-      initialize(full[s], kArrivalsOfACopy);
+      initialize(full[s], kProducers * kArrivalsOfACopy);
       initialize(empty[s], 32 * kConsumers);
     }
 #if __CUDA_ARCH__ >= 900
@@ -63,7 +64,7 @@ struct Stages {
 #if __CUDA_ARCH__ >= 900
   static constexpr int kArrivalsOfACopy = 1;
 
-  // The copying warp announces all bytes of a stage, then copies them.
+  // A copying warp announces all its bytes of a stage, then copies them.
   __device__ __forceinline__ void expect(Now turn, int bytes) {
     if (threadIdx.x % 32 != 0) return;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(

@@ -13,7 +13,7 @@ from factored_records import RandomBand, RandomRecord
 pytestmark = pytest.mark.gpu
 
 PRESET = (RandomBand(8, 2), RandomBand(3, 32), RandomBand(2, 90))
-DENSE = 128  # tokens of a slot from which prefill unpacks its factors
+DENSE = 128  # tokens of a slot from which prefill gives it tiles of its own
 TOLERANCE = {"float16": 2e-3, "bfloat16": 1e-2}
 
 
@@ -153,7 +153,7 @@ def test_decode_matches_float64(gpu_library, name, dtype):
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", CASES)
 def test_prefill_matches_float64(gpu_library, name, dtype):
-    """Slot 0 has so many tokens that its factors are unpacked; the others keep their few."""
+    """Slot 0 has so many tokens that it gets tiles of its own; the others keep their few."""
     case = CASES[name]
     few = np.random.default_rng(1).integers(-1, case.tenants, case.tokens) if case.slots is None else case.slots
     slots = np.random.default_rng(2).permutation([0] * (DENSE + 5) + list(few)).tolist()
@@ -166,12 +166,13 @@ def test_around_the_least_dense_slot(gpu_library, tokens):
     check(gpu_library, Case(tokens=len(slots), slots=slots, chunk=128, outs=(300, 77)))
 
 
+@pytest.mark.parametrize("outs", [(300, 77), (7000, 77)], ids=["few tiles", "tiles for a whole GPU"])
 @pytest.mark.parametrize("tokens", [2 * DENSE + 44, 5 * DENSE])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_one_dense_slot(gpu_library, tokens, dtype):
+def test_one_dense_slot(gpu_library, tokens, dtype, outs):
     """An odd number of tiles of one slot, beside two few-token ones."""
     slots = [1] * tokens + [0, 0, 2]
-    check(gpu_library, Case(tokens=len(slots), slots=slots, chunk=128, outs=(300, 77), dtype=dtype))
+    check(gpu_library, Case(tokens=len(slots), slots=slots, chunk=128, outs=outs, dtype=dtype))
 
 
 def test_most_tokens(gpu_library):

@@ -19,7 +19,7 @@ from gpu_checks import DTYPES, POISON, Poisoned, assert_close
 
 pytestmark = pytest.mark.gpu
 
-DENSE = 128  # tokens of a slot from which prefill unpacks its factors
+DENSE = 128  # tokens of a slot from which prefill gives it tiles of its own
 
 
 @dataclass(frozen=True)

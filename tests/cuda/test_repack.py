@@ -50,7 +50,10 @@ def scale_u(record, factor):
 )
 @pytest.mark.parametrize("factor", [2.0**-7, 1.0, 2.0**12])
 def test_header_normalizes_u(gpu_library, bands, factor):
-    """The largest of u's scales and 16-bit values is stored within [64, 128), and the header undoes it."""
+    """The largest of u's scales and 16-bit values is stored within [64, 128), and the header undoes it.
+
+    It also bounds sigma * v.
+    """
     record = RandomRecord.draw(np.random.default_rng(2), (OUT, FEATURES), bands)
     scale, value = scale_u(record, factor)
     arena = make_arena(gpu_library, [Parameter(ParameterKind.LINEAR, FEATURES, OUT, 0, 0)], [{0: record}])
@@ -60,7 +63,9 @@ def test_header_normalizes_u(gpu_library, bands, factor):
     assert np.log2(header[1]) == np.round(np.log2(header[1]))
     assert 64 <= max(scale, value) / header[1] < 128
     assert header[0] == max(scale / header[1], 1.0 if value else 0.0)
-    assert not header[2:].any()
+    largest = np.abs(record.sigma[:, None] * record.v.values).max()
+    assert largest <= header[2] * (1 + 2**-20) < 40 * largest
+    assert not header[3:].any()
 
 
 def test_zero_u_has_a_neutral_header(gpu_library):
