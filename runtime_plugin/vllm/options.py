@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -70,7 +71,9 @@ def arena_bytes(options: Options, table: RankTable, tenants: int) -> int:
     for name, shape in zip(table.names, table.shapes(), strict=True):
         values = shape.in_features * shape.out_features
         if shape.kind == ParameterKind.LINEAR and not is_vocabulary(name):
-            size += PROJECTION_SHARE * values
+            whole = table[name].shape
+            # A rank has all of one factor and its part of the other.
+            size += PROJECTION_SHARE * math.prod(whole) * (shape.in_features + shape.out_features) / sum(whole)
         else:
             size += (VOCABULARY_BYTES if is_vocabulary(name) else VECTOR_BYTES) * values
         size += 4096  # headers and padding of a record

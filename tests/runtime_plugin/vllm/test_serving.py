@@ -10,6 +10,7 @@ import torch
 from deltaweave.formats import DeltaExpert, DeltaReference, FormatError, write_fusion
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError
 from deltaweave.runtime_plugin.vllm.layers import serve
+from deltaweave.runtime_plugin.vllm.options import Options, arena_bytes
 from deltaweave.runtime_plugin.vllm.step import Step
 from deltaweave.runtime_plugin.vllm.table import BaseFiles, RankTable
 from deltaweave.runtime_plugin.vllm.tenants import Adapter, Tenants
@@ -17,6 +18,7 @@ from family import Family, edit_config
 from fused_decoder import RankModel, Ranks
 from fusion_family import alone, make
 from helpers import FAMILIES
+from random_delta import budget_bands, random_delta
 from torch._dynamo.testing import CompileCounterWithBackend
 
 pytestmark = pytest.mark.usefixtures("native")
@@ -102,6 +104,19 @@ def test_families_and_ranks(tmp_path, name, ranks):
     for delta, path in family.deltas.items():
         server.add(delta, path)
     check(server, ["one", None, "two"], family.alone)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_default_arena_has_room_for_tenants_at_a_sixteenth(tmp_path, ranks):
+    """And not for many more: a rank has all of one factor of each projection, and its part of the other."""
+    family = Family.make(tmp_path, hidden=512)
+    delta = random_delta(tmp_path / "delta.safetensors", family.model, bands=budget_bands, vocabulary="none")
+    capacity = max(arena_bytes(Options(), RankTable(BaseFiles(family.base), rank, ranks), 3) for rank in range(ranks))
+    server = Server(family, ranks, at_once=3, capacity=capacity, accept_base=True)
+    for name in ("one", "two", "three"):
+        server.add(name, delta)
+    for tenants in server.tenants:
+        assert 3 * tenants.arena.tenant_bytes("1") > 0.65 * capacity
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
