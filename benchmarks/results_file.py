@@ -45,4 +45,6 @@ def write_result(path: Path | None, result: dict[str, Any]) -> None:
 
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, capture_output=True, text=True, check=False).stdout.strip()
+    return (
+        subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition("\n")[0].strip()
+    )  # one line a GPU

@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel GPUs of vLLM")
+    parser.add_argument("--limit", type=float, default=240, help="seconds that each process may take")
     parser.add_argument("--together", action="store_true", help="all processes at once, where memory allows")
     parser.add_argument("--part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -80,7 +81,7 @@ def main() -> None:
 def part(arguments: argparse.Namespace, name: str) -> Any:
     output = arguments.family.folder / f"texts-{name.replace(':', '-')}-{os.getpid()}.json"
     # An engine that hangs ends with the process that forked it.
-    command = ["timeout", "-k", "5", "240", sys.executable, __file__]
+    command = ["timeout", "-k", "5", str(arguments.limit), sys.executable, __file__]
     command += ["--base", str(arguments.base), "--family", str(arguments.family.folder)]
     command += ["--tokens", str(arguments.tokens), "--ranks", str(arguments.ranks), "--part", name]
     command += ["--output", str(output)]
@@ -141,6 +142,8 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
         gpu_memory_utilization=0.02,
         tensor_parallel_size=arguments.ranks,
         additional_config={"deltaweave": {"arena_gib": 0.5}},
+        # FlashInfer's would be compiled at the first start, and uses multicast.
+        compilation_config={"pass_config": {"fuse_allreduce_rms": False}},
         **mode,
     )
     started = time.monotonic() - began

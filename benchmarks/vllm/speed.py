@@ -4,38 +4,34 @@
     python benchmarks/vllm/speed.py --folder WORK --output results/vllm_speed.json --plot results
 
 Weights are random (the dummy loader); deltas have the bands that `compress --ratio 1/16` chooses. Each server runs in a
-process of its own: the stock one, ours, vLLM's LoRA at rank 256 on every projection. Servers that fit on the card
-together start together, and measure in turn. Ours is measured with fusions' kernels, as it starts, and then without
+process of its own: the stock one, ours, vLLM's LoRA at rank 256 on every projection. All start at the same time for
+which there is room, each on the GPU that has most of it (`--ranks` GPUs); nobody measures before the others have
+started, and servers of one GPU measure in turn. Ours is measured with fusions' kernels, as it starts, and then without
 them: its CUDA graphs are captured again. A decode step is the difference of two runs, of 16 and 144 new tokens, over
-128; prompts have 32 tokens of their own.
+128; prompts have 32 tokens of their own. Figures are written as they come, and kept if a server's time is over.
 """
 
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
-import math
 import os
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+from one_server import NEW, REQUESTS, SEQUENCES
+from turns import turn_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
-SEQUENCES = (1, 8, 32)
-SHORT, LONG = 16, 144
-COLD = 6
-# GiB that each server takes of the device with 32 layers, with room for its graphs and context.
-SERVERS = {"stock": 20, "deltaweave": 48, "lora256": 64}
-CACHE_GIB = 4.5
-REQUESTS, NEW = 64, 128
+# GiB that each server takes of its GPUs together with 32 layers, with room for graphs and contexts.
+SERVERS = {"stock": 20, "deltaweave": 50, "lora256": 64}
 MERGED_BYTES = 13.48e9
 
 
@@ -50,11 +46,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path, help="folder of the plots")
     parser.add_argument("--only-files", action="store_true", help="write the base's configuration, a delta and a LoRA")
-    parser.add_argument("--part", choices=SERVERS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.part:
-        measure(arguments, arguments.part)
-        return
     import torch
     from results_file import circumstances, write_result
 
@@ -69,37 +61,75 @@ def main() -> None:
         summarize(results)
         write_result(arguments.output, results)
     if arguments.plot:
-        plot(results, arguments.plot)
+        name = arguments.output.stem if arguments.output else "vllm_speed"
+        plot(results, arguments.plot / f"{name}.png")
 
 
 def served(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Results of the servers as they come; a server starts when there is room for it, those after it wait."""
-    import torch
-
-    room = torch.cuda.mem_get_info()[1] / (1 << 30) * arguments.ranks if torch.cuda.is_available() else 0
+    free = free_gib(arguments.ranks)
+    for gpu in free:
+        turn_file(arguments.folder, gpu).touch()
     waiting = list(arguments.servers)
-    running: dict[str, subprocess.Popen[bytes]] = {}
+    running: dict[str, tuple[subprocess.Popen[bytes], list[str]]] = {}
     while waiting or running:
-        while waiting and (not running or sum(SERVERS[name] for name in (*running, waiting[0])) <= room):
-            running[waiting[0]] = start(arguments, waiting[0])
-            waiting.pop(0)
+        while waiting and (gpus := with_room(free, waiting[0], arguments.ranks, alone=not running)):
+            server = waiting.pop(0)
+            running[server] = (start(arguments, server, gpus), gpus)
+            take(free, server, gpus)
         time.sleep(0.5)
-        for server, process in list(running.items()):
+        for server, (process, gpus) in list(running.items()):
             if process.poll() is not None:
                 del running[server]
+                take(free, server, gpus, sign=-1)
                 yield finish(arguments, server, process.returncode)
 
 
-def start(arguments: argparse.Namespace, server: str) -> subprocess.Popen[bytes]:
+def free_gib(ranks: int) -> dict[str, float]:
+    """Memory of each GPU, by its name for CUDA_VISIBLE_DEVICES; without one, places for the ranks."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        return {str(rank): 0.0 for rank in range(ranks)}
+    if count < ranks:
+        raise SystemExit(f"--ranks {ranks}: there are {count} GPUs")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    return {
+        name: torch.cuda.get_device_properties(at).total_memory / (1 << 30)
+        for at, name in enumerate(visible.split(","))
+    }
+
+
+def with_room(free: dict[str, float], server: str, ranks: int, *, alone: bool) -> list[str] | None:
+    """The GPUs with most room, if it is enough; a server that is `alone` has to do with what there is."""
+    most = sorted(free, key=free.__getitem__, reverse=True)[:ranks]
+    enough = all(free[gpu] >= SERVERS[server] / ranks for gpu in most)
+    return sorted(most) if enough or alone else None
+
+
+def take(free: dict[str, float], server: str, gpus: list[str], *, sign: int = 1) -> None:
+    for gpu in gpus:
+        free[gpu] -= sign * SERVERS[server] / len(gpus)
+
+
+def start(arguments: argparse.Namespace, server: str, gpus: list[str]) -> subprocess.Popen[bytes]:
     output = arguments.folder / f"{server}.json"
     output.unlink(missing_ok=True)
-    command = ["timeout", "-k", "5", str(arguments.limit), sys.executable, __file__, "--folder", str(arguments.folder)]
-    command += ["--ranks", str(arguments.ranks), "--layers", str(arguments.layers), "--hidden", str(arguments.hidden)]
-    command += ["--part", server, "--output", str(output)]
-    # FlashInfer's sampler would be compiled at the first start, for two minutes; greedy sampling has no use for it.
-    settings = {"VLLM_USE_FLASHINFER_SAMPLER": "0", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    # An engine that hangs ends with the process that forked it.
+    script = str(Path(__file__).with_name("one_server.py"))
+    command = ["timeout", "-k", "5", str(arguments.limit), sys.executable, script, server]
+    command += ["--folder", str(arguments.folder), "--output", str(output), "--gpus", *gpus]
+    settings = {
+        "CUDA_VISIBLE_DEVICES": ",".join(gpus),
+        "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+        # FlashInfer's sampler would be compiled at the first start, for two minutes; greedy sampling has no use for it.
+        "VLLM_USE_FLASHINFER_SAMPLER": "0",
+        # Not every machine lets its GPUs use multicast.
+        "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    }
     with (arguments.folder / f"{server}.log").open("w") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**settings, **os.environ})
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, **settings})
 
 
 def finish(arguments: argparse.Namespace, server: str, status: int) -> dict[str, Any]:
@@ -115,20 +145,6 @@ def finish(arguments: argparse.Namespace, server: str, status: int) -> dict[str,
     print(server, json.dumps(found), flush=True)
     names = ("deltaweave", "fusions") if server == "deltaweave" else (server,)
     return {name: found[name] | {"graphs_gib": found.get("graphs_gib")} for name in names if name in found}
-
-
-@contextmanager
-def turn(folder: Path, mode: int) -> Iterator[None]:
-    """Nobody measures meanwhile; with `LOCK_EX` nobody else starts or loads either, which they do with `LOCK_SH`.
-
-    The engine that vLLM forks inside shares the open file, so that closing it here would leave the lock to the engine.
-    """
-    with (folder / "measuring").open("a") as file:
-        fcntl.flock(file, mode)
-        try:
-            yield
-        finally:
-            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def write_base(arguments: argparse.Namespace) -> None:
@@ -174,166 +190,21 @@ def write_base(arguments: argparse.Namespace) -> None:
         (lora / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def engine(arguments: argparse.Namespace, server: str) -> Any:
-    from vllm import LLM
-
-    most = max(SEQUENCES)
-    settings: dict[str, Any] = {}
-    if server == "deltaweave":
-        size = 1.03 * (arguments.folder / "delta.safetensors").stat().st_size + (1 << 20)  # as the arena pads it
-        own = {"arena_gib": most * size / (1 << 30) / arguments.ranks, "accept_base": True}
-        settings = {
-            "quantization": "deltaweave",
-            "enable_lora": True,
-            "max_loras": most,
-            "max_cpu_loras": most + 1,
-            "additional_config": {"deltaweave": own},
-        }
-    elif server == "lora256":
-        settings = {"enable_lora": True, "max_loras": most, "max_cpu_loras": most, "max_lora_rank": 256}
-    return LLM(
-        model=str(arguments.folder / "base"),
-        load_format="dummy",
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_seqs=most,
-        max_num_batched_tokens=2048,
-        kv_cache_memory_bytes=round(CACHE_GIB * (1 << 30)) // arguments.ranks,
-        gpu_memory_utilization=0.05,
-        tensor_parallel_size=arguments.ranks,
-        enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
-        **settings,
-    )
-
-
-def measure(arguments: argparse.Namespace, server: str) -> None:
-    """One server's figures, written as they come."""
-    with turn(arguments.folder, fcntl.LOCK_SH):
-        began = time.monotonic()
-        llm = engine(arguments, server)
-        start = {"start_s": time.monotonic() - began}
-    source = arguments.folder / ("lora" if server == "lora256" else "delta.safetensors")
-    found: dict[str, Any] = {}
-
-    def write(name: str, values: dict[str, Any]) -> None:
-        found[name] = values
-        arguments.output.write_text(json.dumps(found))
-
-    if server == "stock":
-        with turn(arguments.folder, fcntl.LOCK_EX):
-            write(server, start | speeds(llm, [None] * max(SEQUENCES)))
-            write(server, found[server] | {"pair_step_ms": step_ms(llm, 2, [None] * 2), "copy_gb_s": copy_rate()})
-        return
-    with turn(arguments.folder, fcntl.LOCK_SH):
-        adapters, loads = loaded(llm, source)
-    first = "fusions" if server == "deltaweave" else server
-    with turn(arguments.folder, fcntl.LOCK_EX):
-        write(first, start | loads | speeds(llm, adapters))
-        write(first, found[first] | {"base_step_ms": steps(llm, [None] * max(SEQUENCES), (1, 32))})
-        if server == "deltaweave":
-            write(
-                first, found[first] | {"first_token_ms": found[first]["first_token_ms"] | cold(llm, adapters, source)}
-            )
-            llm.collective_rpc(without_fusions)
-            write(server, start | loads | speeds(llm, adapters))
-
-
-def loaded(llm: Any, source: Path) -> tuple[list[Any], dict[str, Any]]:
-    """All tenants of one file, by their requests, and how long each took."""
-    from vllm.lora.request import LoRARequest
-
-    adapters = [LoRARequest(f"t{number}", number, str(source)) for number in range(1, max(SEQUENCES) + 1)]
-    loads = []
-    for adapter in adapters:
-        start = time.monotonic()
-        llm.llm_engine.add_lora(adapter)
-        loads.append(1e3 * (time.monotonic() - start))
-    return adapters, {"load_ms": {"first": loads[0], "median": sorted(loads)[len(loads) // 2]}}
-
-
-def without_fusions(worker: Any) -> None:
-    """In the worker: serves deltas alone from now on, as a server that was started with fusions off."""
-    from deltaweave.runtime_plugin.vllm.step import Step
-    from vllm.compilation.cuda_graph import CUDAGraphWrapper
-
-    Step.current.fusions, Step.current.places = False, range(0)
-    if not Step.current.arena.buffer.is_cuda:
-        return
-    CUDAGraphWrapper.clear_all_graphs()
-    worker.model_runner.capture_model()
-
-
-def speeds(llm: Any, adapters: list[Any]) -> dict[str, Any]:
-    return {
-        "step_ms": steps(llm, adapters, SEQUENCES),
-        "tokens_per_s": throughput(llm, adapters),
-        "first_token_ms": {"base": first_token_ms(llm, [None] * 3)},
-    }
-
-
-def steps(llm: Any, adapters: list[Any], counts: Sequence[int]) -> dict[str, float]:
-    return {str(count): step_ms(llm, count, adapters[:count]) for count in counts}
-
-
-def prompts(count: int, length: int = 32) -> list[Any]:
-    return [{"prompt_token_ids": [(7 * row + place) % 31000 + 5 for place in range(length)]} for row in range(count)]
-
-
-def timed(llm: Any, count: int, adapters: list[Any], tokens: int, length: int = 32) -> float:
-    from vllm import SamplingParams
-
-    settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
-    start = time.monotonic()
-    llm.generate(prompts(count, length), settings, lora_request=adapters, use_tqdm=False)
-    return time.monotonic() - start
-
-
-def step_ms(llm: Any, count: int, adapters: list[Any]) -> float:
-    """The best of two."""
-    timed(llm, count, adapters, 4)
-    return 1e3 * min(
-        (timed(llm, count, adapters, LONG) - timed(llm, count, adapters, SHORT)) / (LONG - SHORT) for _ in range(2)
-    )
-
-
-def throughput(llm: Any, adapters: list[Any]) -> float:
-    """New tokens a second: 64 requests of 128 tokens and 128 new ones, over all tenants in turn."""
-    whose = [adapters[row % len(adapters)] for row in range(REQUESTS)]
-    return REQUESTS * NEW / timed(llm, REQUESTS, whose, NEW, 128)
-
-
-def first_token_ms(llm: Any, adapters: list[Any]) -> float:
-    """The median over tenants, of a prompt of 128 tokens."""
-    times = sorted(timed(llm, 1, [adapter], 1, 128) for adapter in adapters)
-    return 1e3 * times[len(times) // 2]
-
-
-def cold(llm: Any, adapters: list[Any], source: Path) -> dict[str, float]:
-    """To the first token of a tenant on the device, in host memory, and in a file that the system has cached."""
-    from vllm.lora.request import LoRARequest
-
-    first_token_ms(llm, adapters[:COLD])
-    found = {"resident": first_token_ms(llm, adapters[:COLD])}
-    fresh = [LoRARequest(f"cold{number}", 100 + number, str(source)) for number in range(COLD)]
-    found["file"] = first_token_ms(llm, fresh)
-    # Now the 33 last used are in host memory and 32 of them on the device; asked for in order of age, each comes back.
-    held = [*adapters[COLD + 1 :], *adapters[:COLD], *fresh][-33:]
-    found["host_memory"] = first_token_ms(llm, held[:COLD])
-    return found
-
-
 def summarize(results: dict[str, Any]) -> None:
     """Ratios over the stock server's step, and what swapping merged models would give."""
     servers = results["servers"]
-    stock = servers.get("stock")
-    if stock is None or "copy_gb_s" not in stock:
-        return
+    stock = servers.get("stock", {})
     results["step_over_stock"] = {
-        name: {count: value / stock["step_ms"][count] for count, value in found["step_ms"].items()}
+        name: {
+            count: value / stock["step_ms"][count]
+            for count, value in found.get("step_ms", {}).items()
+            if count in stock.get("step_ms", {})
+        }
         for name, found in servers.items()
-        if name != "stock" and "step_ms" in found
+        if name != "stock"
     }
+    if "copy_gb_s" not in stock:
+        return
     each = REQUESTS // max(SEQUENCES)  # requests that wait for the same model are served together
     seconds = MERGED_BYTES / (stock["copy_gb_s"] * 1e9) + NEW * 1e-3 * stock["pair_step_ms"]
     results["merged_swap"] = {
@@ -343,23 +214,7 @@ def summarize(results: dict[str, Any]) -> None:
     }
 
 
-def copy_rate() -> float:
-    """GB/s from pinned memory."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return math.nan
-    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
-    device = torch.empty_like(host, device="cuda")
-    torch.cuda.synchronize()
-    start = time.monotonic()
-    for _ in range(8):
-        device.copy_(host, non_blocking=True)
-    torch.cuda.synchronize()
-    return 8 * (1 << 30) / (time.monotonic() - start) / 1e9
-
-
-def plot(results: dict[str, Any], folder: Path) -> None:
+def plot(results: dict[str, Any], file: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -367,25 +222,33 @@ def plot(results: dict[str, Any], folder: Path) -> None:
 
     names = {
         "stock": "vLLM, base alone",
-        "deltaweave": "deltaweave, a tenant a sequence",
-        "fusions": "the same, fusions on",
+        "fusions": "deltaweave",
+        "deltaweave": "deltaweave, fusions off",
         "lora256": "vLLM's LoRA, rank 256",
     }
-    servers = {name: results["servers"][name] for name in names if name in results["servers"]}
+    complete = {name: found for name, found in results["servers"].items() if "tokens_per_s" in found}
+    servers = {name: complete[name] for name in names if name in complete}
+    if not servers:
+        return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, found in servers.items():
         left.plot(SEQUENCES, [found["step_ms"][str(count)] for count in SEQUENCES], marker="o", label=names[name])
-    left.set(xscale="log", yscale="log", xlabel="sequences, each with a tenant of its own", ylabel="decode step, ms")
+    left.set(xscale="log", xlabel="sequences, each with a tenant of its own", ylabel="decode step, ms", ylim=(0, None))
     left.set_xticks(SEQUENCES, map(str, SEQUENCES))
+    left.minorticks_off()
     left.legend(frameon=False)
     bars = {names[name]: found["tokens_per_s"] for name, found in servers.items()}
     if "merged_swap" in results:
-        bars["merged models, swapped (computed)"] = results["merged_swap"]["tokens_per_s"]
-    right.barh(list(bars), list(bars.values()))
+        bars["merged models,\nswapped (computed)"] = results["merged_swap"]["tokens_per_s"]
+    drawn = right.barh(list(bars), list(bars.values()), height=0.6)
+    right.bar_label(drawn, fmt="%.0f", padding=3)
     right.invert_yaxis()
-    right.set(xscale="log", xlabel="new tokens a second, 64 requests over 32 tenants")
-    figure.suptitle(f"Llama-2-7B's shapes in vLLM 0.21, {results['device']}")
-    figure.savefig(folder / "vllm_speed.png", dpi=120)
+    right.margins(x=0.15)
+    right.set(xlabel="new tokens a second, 64 requests, 32 tenants")
+    gpus = f"{results['ranks']} x " if results["ranks"] > 1 else ""
+    figure.suptitle(f"Llama-2-7B's shapes in vLLM 0.21, {gpus}{results['device']}")
+    figure.savefig(file, dpi=120)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What `fine_tunes.py` writes, of a tiny random Llama and on a CPU: for `traffic.py` with vLLM's CPU build.
+"""What `fine_tunes.py` writes, of a tiny random Llama and on a CPU: for vLLM's CPU build, and for two ranks.
 
     python benchmarks/vllm/tiny_fine_tunes.py --folder WORK
 
@@ -36,9 +36,12 @@ MARGIN, LENGTH, SPECIAL = 0.15, 3, 3
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True, help="gets `base` too; what is there is replaced")
-    folder = parser.parse_args().folder
+    parser.add_argument("--hidden", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=2)
+    arguments = parser.parse_args()
+    folder = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
-    base = tiny_checkpoint(folder / "base", hidden=128)
+    base = tiny_checkpoint(folder / "base", hidden=arguments.hidden, layers=arguments.layers)
     settings = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 512}))
     model = load(base)

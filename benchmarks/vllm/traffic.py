@@ -153,19 +153,21 @@ class Server:
         return {line.partition("{")[0]: float(line.rpartition(" ")[2]) for line in lines}
 
     def memory(self) -> dict[str, float]:
-        """MiB: resident of all processes of the server, and used on the device."""
-        group, resident = os.getpgid(self._process.pid), 0
+        """MiB of all processes of the server: resident, and on the device; -1 for what cannot be read."""
+        group, resident, processes = os.getpgid(self._process.pid), 0, set()
         for status in Path("/proc").glob("[0-9]*/status"):
             try:
                 if os.getpgid(int(status.parent.name)) == group:
                     fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
                     resident += int(fields.get("VmRSS", "0 kB").split()[0])
+                    processes.add(status.parent.name)
             except OSError:
                 continue
-        query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+        query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
         found = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
-        device = found.stdout.split() if found else []
-        return {"host_mib": resident / 1024, "device_mib": float(device[0]) if device else -1}
+        apps = [line.split(", ") for line in found.stdout.splitlines()] if found else []
+        device = [int(used) for process, used in apps if process in processes and used.isdecimal()]
+        return {"host_mib": resident / 1024, "device_mib": sum(device) if device else -1}
 
 
 def endpoints(server: Server, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -12,23 +12,27 @@ from pathlib import Path
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "vllm"
+sys.path.insert(0, str(SCRIPTS))
+from speed import take, with_room  # noqa: E402
+from turns import turn_file  # noqa: E402
+
 BEGIN = """
 import os, sys
 from fcntl import LOCK_EX, LOCK_SH
 from pathlib import Path
-from speed import turn
+from turns import all_gpus, turn, turn_file
 
 folder = Path(sys.argv[1])
 print("asks", flush=True)
 """
 HOLDS = """
-with turn(folder, {mode}):
+with turn(folder, {mode}, {gpus}):
     print("has it", flush=True)
     os.read(0, 1)
 """
 # As vLLM does: the engine is forked inside, and lives on.
 FORKS = """
-with turn(folder, LOCK_SH):
+with turn(folder, LOCK_SH, "01"):
     if os.fork() == 0:
         os.read(0, 1)
         os._exit(0)
@@ -69,19 +73,40 @@ def says(server: Server, seconds: float) -> str | None:
 
 def test_a_turn_ends_though_the_engine_that_was_forked_in_it_lives(start: Callable[[str], Server]) -> None:
     assert says(start(FORKS), WAIT) == "is out"
-    assert says(start(HOLDS.format(mode="LOCK_EX")), 5) == "has it"
+    assert says(start(HOLDS.format(mode="LOCK_EX", gpus="'10'")), 5) == "has it"
 
 
 @pytest.mark.parametrize(("first", "second"), [("LOCK_SH", "LOCK_EX"), ("LOCK_EX", "LOCK_SH"), ("LOCK_EX", "LOCK_EX")])
 def test_who_measures_is_alone(start: Callable[[str], Server], first: str, second: str) -> None:
-    holder = start(HOLDS.format(mode=first))
+    holder = start(HOLDS.format(mode=first, gpus="'01'"))
     assert says(holder, WAIT) == "has it"
-    other = start(HOLDS.format(mode=second))
+    other = start(HOLDS.format(mode=second, gpus="'1'"))
     assert says(other, 0.3) is None
     assert holder.stdin
     holder.stdin.close()
     assert says(other, WAIT) == "has it"
 
 
-def test_servers_start_together(start: Callable[[str], Server]) -> None:
-    assert [says(start(HOLDS.format(mode="LOCK_SH")), WAIT) for _ in range(2)] == ["has it"] * 2
+def test_servers_start_together(start: Callable[[str], Server], tmp_path: Path) -> None:
+    for gpu in "01":
+        turn_file(tmp_path, gpu).touch()
+    begun = [start(HOLDS.format(mode="LOCK_SH", gpus="all_gpus(folder)")) for _ in range(2)]
+    assert [says(server, WAIT) for server in begun] == ["has it"] * 2
+    for gpu in "01":
+        assert says(start(HOLDS.format(mode="LOCK_EX", gpus=f"'{gpu}'")), 0.3) is None
+
+
+def test_servers_of_two_gpus_measure_together(start: Callable[[str], Server]) -> None:
+    assert [says(start(HOLDS.format(mode="LOCK_EX", gpus=f"'{gpu}'")), WAIT) for gpu in "01"] == ["has it"] * 2
+
+
+def test_servers_go_where_there_is_most_room() -> None:
+    free = {"0": 79.0, "1": 79.0}
+    for server, gpus in {"lora256": ["0"], "deltaweave": ["1"], "stock": ["1"]}.items():
+        assert with_room(free, server, 1, alone=False) == gpus
+        take(free, server, gpus)
+    assert with_room(free, "stock", 1, alone=False) is None
+    assert with_room(free, "stock", 2, alone=False) is None
+    take(free, "stock", ["1"], sign=-1)
+    assert with_room(free, "stock", 2, alone=False) == ["0", "1"]
+    assert with_room({"0": 0.0}, "stock", 1, alone=True) == ["0"]

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One server's part of `speed.py`, which runs it: decode steps, their kernels, throughput, times to a first token."""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from turns import all_gpus, turn
+
+__all__ = ["NEW", "REQUESTS", "SEQUENCES"]
+
+SEQUENCES = (1, 8, 32)
+SHORT, LONG = 16, 144
+TRACED = 48
+COLD = 6
+CACHE_GIB = 4.5
+REQUESTS, PROMPT, NEW = 64, 128, 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("server", choices=["stock", "deltaweave", "lora256"])
+    parser.add_argument("--folder", type=Path, required=True, help="with the base, a delta and a LoRA")
+    parser.add_argument("--gpus", nargs="+", required=True, help="one for each tensor-parallel rank")
+    parser.add_argument("--output", type=Path, required=True, help="JSON of the figures")
+    arguments = parser.parse_args()
+    measure(arguments, arguments.server)
+
+
+def engine(arguments: argparse.Namespace, server: str) -> Any:
+    from vllm import LLM
+
+    most = max(SEQUENCES)
+    settings: dict[str, Any] = {}
+    if server == "deltaweave":
+        settings = {
+            "quantization": "deltaweave",
+            "enable_lora": True,
+            "max_loras": most,
+            "max_cpu_loras": most + 1,
+            "additional_config": {"deltaweave": {"accept_base": True}},  # the base has no weights to compare
+        }
+    elif server == "lora256":
+        settings = {"enable_lora": True, "max_loras": most, "max_cpu_loras": most, "max_lora_rank": 256}
+    return LLM(
+        model=str(arguments.folder / "base"),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        max_num_seqs=most,
+        max_num_batched_tokens=2048,
+        kv_cache_memory_bytes=round(CACHE_GIB * (1 << 30)) // len(arguments.gpus),
+        gpu_memory_utilization=0.05,
+        tensor_parallel_size=len(arguments.gpus),
+        enable_prefix_caching=False,
+        compilation_config={
+            "cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, PROMPT],  # vLLM's own for 256 sequences go up to 512
+            # FlashInfer's would be compiled at the first start, and uses multicast.
+            "pass_config": {"fuse_allreduce_rms": False},
+        },
+        **settings,
+    )
+
+
+class Notes:
+    """A server's figures, in its file as soon as they are there."""
+
+    def __init__(self, file: Path, fixed: dict[str, Any]) -> None:
+        self._file, self._fixed = file, fixed
+        self.found: dict[str, dict[str, Any]] = {}
+
+    def add(self, name: str, **figures: Any) -> None:
+        """More of one server; a figure that has parts gets more of them."""
+        known = self.found.setdefault(name, dict(self._fixed))
+        for key, value in figures.items():
+            known[key] = known.get(key, {}) | value if isinstance(value, dict) else value
+        self._file.write_text(json.dumps(self.found))
+
+
+def measure(arguments: argparse.Namespace, server: str) -> None:
+    """One server's figures."""
+    with turn(arguments.folder, fcntl.LOCK_SH, all_gpus(arguments.folder)):
+        began = time.monotonic()
+        llm = engine(arguments, server)
+        notes = Notes(arguments.output, {"start_s": time.monotonic() - began})
+    base: list[Any] = [None] * max(SEQUENCES)
+    one_gpu = len(arguments.gpus) == 1
+    if server == "stock":
+        with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
+            speeds(llm, base, notes, server)
+            notes.add(server, pair_step_ms=step_ms(llm, 2, base[:2]), copy_gb_s=copy_rate())
+            if one_gpu:
+                trace(llm, base, notes, server)
+        return
+    source = arguments.folder / ("lora" if server == "lora256" else "delta.safetensors")
+    first = "fusions" if server == "deltaweave" else server
+    with turn(arguments.folder, fcntl.LOCK_SH, arguments.gpus):
+        adapters = loaded(llm, source, notes, first)
+    with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
+        speeds(llm, adapters, notes, first)
+        for count in (1, max(SEQUENCES)):
+            notes.add(first, base_step_ms={str(count): step_ms(llm, count, base[:count])})
+        if server == "deltaweave":
+            for place, milliseconds in cold(llm, adapters, source):
+                notes.add(first, first_token_ms={place: milliseconds})
+            llm.collective_rpc(without_fusions)
+            speeds(llm, adapters, notes, server)
+        if one_gpu:
+            trace(llm, adapters, notes, server)
+
+
+def loaded(llm: Any, source: Path, notes: Notes, name: str) -> list[Any]:
+    """All tenants of one file, by their requests; notes how long each took."""
+    from vllm.lora.request import LoRARequest
+
+    adapters = [LoRARequest(f"t{number}", number, str(source)) for number in range(1, max(SEQUENCES) + 1)]
+    loads = []
+    for adapter in adapters:
+        start = time.monotonic()
+        llm.llm_engine.add_lora(adapter)
+        loads.append(1e3 * (time.monotonic() - start))
+    notes.add(name, load_ms={"first": loads[0], "median": sorted(loads)[len(loads) // 2]})
+    return adapters
+
+
+def without_fusions(worker: Any) -> None:
+    """In the worker: serves deltas alone from now on, as a server that was started with fusions off."""
+    from deltaweave.runtime_plugin.vllm.step import Step
+    from vllm.compilation.cuda_graph import CUDAGraphWrapper
+
+    Step.current.fusions, Step.current.places = False, range(0)
+    if not Step.current.arena.buffer.is_cuda:
+        return
+    CUDAGraphWrapper.clear_all_graphs()
+    worker.model_runner.capture_model()
+
+
+def speeds(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
+    for count in SEQUENCES:
+        notes.add(name, step_ms={str(count): step_ms(llm, count, adapters[:count])})
+    notes.add(name, tokens_per_s=throughput(llm, adapters))
+    notes.add(name, first_token_ms={"base": first_token_ms(llm, [None] * 3)})
+
+
+def trace(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
+    """What a decode step's time on the device goes into, by kernels."""
+    for count in SEQUENCES:
+        short, long = (traced(llm, count, adapters[:count], 2 + steps) for steps in (0, TRACED))
+        step = {kernel: (long[kernel] - short.get(kernel, 0.0)) / TRACED for kernel in long}
+        most = sorted(step, key=step.__getitem__, reverse=True)
+        notes.add(name, kernels_us={str(count): {kernel: round(step[kernel], 1) for kernel in most[:16]}})
+        notes.add(name, kernels_sum_us={str(count): round(sum(step.values()), 1)})
+
+
+def traced(llm: Any, count: int, adapters: list[Any], tokens: int) -> dict[str, float]:
+    llm.collective_rpc(begin_trace)
+    timed(llm, count, adapters, tokens)
+    found: dict[str, float] = llm.collective_rpc(end_trace)[0]
+    return found
+
+
+def begin_trace(worker: Any) -> None:
+    """In the worker."""
+    import torch
+
+    worker.deltaweave_trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    if torch.cuda.is_available():
+        worker.deltaweave_trace.start()
+
+
+def end_trace(worker: Any) -> dict[str, float]:
+    """In the worker: microseconds of each kernel since then."""
+    import torch
+
+    found: dict[str, float] = {}
+    if not torch.cuda.is_available():
+        return found
+    torch.cuda.synchronize()
+    worker.deltaweave_trace.stop()
+    for event in worker.deltaweave_trace.key_averages():
+        found[event.key[:120]] = found.get(event.key[:120], 0.0) + event.device_time_total
+    return found
+
+
+def prompts(count: int, length: int = 32) -> list[Any]:
+    return [{"prompt_token_ids": [(7 * row + place) % 31000 + 5 for place in range(length)]} for row in range(count)]
+
+
+def timed(llm: Any, count: int, adapters: list[Any], tokens: int, length: int = 32) -> float:
+    from vllm import SamplingParams
+
+    settings = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
+    start = time.monotonic()
+    llm.generate(prompts(count, length), settings, lora_request=adapters, use_tqdm=False)
+    return time.monotonic() - start
+
+
+def step_ms(llm: Any, count: int, adapters: list[Any]) -> float:
+    """The best of two."""
+    timed(llm, count, adapters, 4)
+    return 1e3 * min(
+        (timed(llm, count, adapters, LONG) - timed(llm, count, adapters, SHORT)) / (LONG - SHORT) for _ in range(2)
+    )
+
+
+def throughput(llm: Any, adapters: list[Any]) -> float:
+    """New tokens a second: 64 requests of 128 tokens and 128 new ones, over all tenants in turn."""
+    whose = [adapters[row % len(adapters)] for row in range(REQUESTS)]
+    return REQUESTS * NEW / timed(llm, REQUESTS, whose, NEW, PROMPT)
+
+
+def first_token_ms(llm: Any, adapters: list[Any]) -> float:
+    """The median over tenants, of a prompt of 128 tokens."""
+    times = sorted(timed(llm, 1, [adapter], 1, PROMPT) for adapter in adapters)
+    return 1e3 * times[len(times) // 2]
+
+
+def cold(llm: Any, adapters: list[Any], source: Path) -> Iterator[tuple[str, float]]:
+    """To the first token of a tenant on the device, in a file that the system has cached, and in host memory."""
+    from vllm.lora.request import LoRARequest
+
+    first_token_ms(llm, adapters[:COLD])
+    yield "resident", first_token_ms(llm, adapters[:COLD])
+    fresh = [LoRARequest(f"cold{number}", 100 + number, str(source)) for number in range(COLD)]
+    yield "file", first_token_ms(llm, fresh)
+    # Now the 33 last used are in host memory and 32 of them on the device; asked for in order of age, each comes back.
+    held = [*adapters[COLD + 1 :], *adapters[:COLD], *fresh][-33:]
+    yield "host_memory", first_token_ms(llm, held[:COLD])
+
+
+def copy_rate() -> float:
+    """GB/s from pinned memory."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return math.nan
+    host = torch.empty(1 << 30, dtype=torch.uint8, pin_memory=True)
+    device = torch.empty_like(host, device="cuda")
+    torch.cuda.synchronize()
+    start = time.monotonic()
+    for _ in range(8):
+        device.copy_(host, non_blocking=True)
+    torch.cuda.synchronize()
+    return 8 * (1 << 30) / (time.monotonic() - start) / 1e9
+
+
+if __name__ == "__main__":
+    main()
