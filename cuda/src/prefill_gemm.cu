@@ -8,18 +8,18 @@
 // multiplied by the expert's weight for the token.
 //
 // Roofline: the tensor cores, 2 * rank * (in + out) flops a token: for Llama-2-7B 3.3 ms of 512
-// tokens at 990 TFLOP/s. A tile of 128 tokens takes 16 kB of them and a fourth of that of 2-bit
-// weights from L2 for 64 k, which are 1024 clocks of the tensor cores with 256 weight rows.
+// tokens at 990 TFLOP/s. 64 k of two tiles of 128 tokens and 128 weight rows are 1024 clocks of the
+// tensor cores, and 32 kB and, of 2-bit weights, 2 kB from L2.
 //
-// Work item = (chunk of 128 tokens, in stage 2 on sm_90a two of a slot; slice; 128 ranks or
-// outputs; in stage 1 a part of in_features), all k. Consecutive items are the chunks that share
-// weights. A block of threads takes every gridDim-th: four warps copy both operands ahead into a
-// ring of stages, over the ends of items; two groups of four warps unpack 64 weight rows each to
-// registers, 64 k at a time (prefill_weights.cuh), and multiply: wgmma with the weights from
-// registers and the tokens from shared memory on sm_90a, while the next 64 k are unpacked; mma.sync
-// elsewhere, with the same sums in the same registers. The block of threads that ends last of a
-// tile's parts adds them up, in order. Sums run over k in order: a token's bits depend on nothing
-// but its slot and x.
+// Work item = (chunk of 128 tokens, in stage 2 on sm_90a two of a slot where items are many; slice;
+// 128 ranks or outputs; in stage 1 a part of in_features), all k. Consecutive items are the chunks
+// that share weights. A block of threads takes every gridDim-th: four warps copy both operands
+// ahead into a ring of stages, over the ends of items; two groups of four warps unpack 64 weight
+// rows each to registers, 64 k at a time (prefill_weights.cuh), and multiply: wgmma with the
+// weights from registers and the tokens from shared memory on sm_90a, while the next 64 k are
+// unpacked; mma.sync elsewhere, with the same sums in the same registers. The block of threads that
+// ends last of a tile's parts adds them up, in order. Sums run over k in order: a token's bits
+// depend on nothing but its slot and x.
 #include <cuda_bf16.h>
 
 #include "prefill_stage1.cuh"

@@ -176,7 +176,7 @@ def test_one_dense_slot(gpu_library, tokens, dtype, outs):
 
 
 def test_most_tokens(gpu_library):
-    """2048 tokens of dense and other slots, with tiles of 256 outputs on some GPUs."""
+    """2048 tokens of dense and other slots, two tiles of tokens an item on some GPUs."""
     slots = np.repeat([0, 1, 2, 3, -1], [900, 128, 127, 600, 293])
     slots = np.random.default_rng(3).permutation(slots).tolist()
     bands = (RandomBand(8, 2), RandomBand(3, 32), RandomBand(2, 420))

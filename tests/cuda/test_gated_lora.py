@@ -184,7 +184,7 @@ def test_decode(gpu_library, name, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CASES)
 def test_prefill(gpu_library, name, dtype):
-    """Slot 0 has so many tokens that its LoRAs are unpacked; the others keep their few."""
+    """Slot 0 has so many tokens that it gets tiles of its own; the others keep their few."""
     case = CASES[name]
     slots = np.random.default_rng(2).permutation([0] * (DENSE + 5) + list(case.slots)).tolist()
     check(gpu_library, replace(case, dtype=dtype, chunk=128, slots=tuple(slots)), name)
