@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Why the memory of the server in `traffic.py` grows: tenants alone without vLLM, and a server that loads none.
 
-    python benchmarks/vllm/memory.py --base DIR --family WORK --server-options "--enforce-eager --dtype bfloat16" --output FILE
+    python benchmarks/vllm/memory.py --base DIR --family WORK --output FILE
 
+With vLLM's CPU build give `--server-options "--enforce-eager --dtype bfloat16"`.
 First, in this process, as many tenants' files are read, uploaded and evicted as the traffic has in minutes, on the CPU.
 Then `vllm serve` with the same options answers requests of the base from twelve clients, and never sees a tenant.
 """
