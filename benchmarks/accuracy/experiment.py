@@ -259,11 +259,11 @@ class FineTune:
             compress(lab.base, self.tuned_folder, path, compression, force=True, restart=True)
 
     def _assembled(self, delta: Delta) -> Any:
-        """Base + delta, as `apply` would write it."""
+        """Base + delta, unrounded: the kernels add products, and never round a sum of weights to 16 bits."""
         base = Checkpoint.open(self.lab.base)
         if self._candidate is None:
             self._candidate = self.lab.model(self.tuned_folder)
-        state = {name: tuned_tensor(base, delta, name) for name in tuned_names(base, delta)}
+        state = {name: tuned_tensor(base, delta, name, torch.float32) for name in tuned_names(base, delta)}
         self._candidate.load_state_dict(state, strict=False)
         return self._candidate
 
