@@ -15,7 +15,7 @@ from deltaweave.converter.checkpoint import Checkpoint, require_finite
 from deltaweave.converter.errors import CheckpointError, RecipeError
 from deltaweave.converter.families import Projection, family_of
 from deltaweave.converter.policies import Policies
-from deltaweave.converter.recipe import BandPlan, Recipe
+from deltaweave.converter.recipe import DEFAULT_RECIPE, BandPlan, Recipe
 from deltaweave.converter.text import source_digest
 from deltaweave.formats import Band, factored_bytes
 
@@ -57,7 +57,7 @@ class CompressionOptions:
             which is then not calibrated on, or the text that ships with the tool where nothing is calibrated.
     """
 
-    recipe: Recipe = field(default_factory=lambda: Recipe.preset("triple"))
+    recipe: Recipe = field(default_factory=lambda: Recipe.preset(DEFAULT_RECIPE))
     calibration: str = "default"
     samples: int = 128
     sequence_length: int | None = None

@@ -15,7 +15,7 @@ from deltaweave.converter.quantize import GridFit
 from deltaweave.formats import CODE_BITS, MAX_BANDS, Band, factored_bytes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-__all__ = ["PRESETS", "BandPlan", "BandSpec", "Recipe", "Sensitivity", "parse_bands", "parse_bytes", "published_alpha"]
+__all__ = ["DEFAULT_RECIPE", "PRESETS", "BandPlan", "BandSpec", "Recipe", "Sensitivity", "parse_bands", "parse_bytes", "published_alpha"]
 
 BITS = (*CODE_BITS, 16)
 Rank = int | Literal["*", "full"]
@@ -262,6 +262,7 @@ class Recipe(BaseModel):
         return plan
 
 
+DEFAULT_RECIPE = "optimal"
 PRESETS: dict[str, dict[str, Any]] = {
     "optimal": {"bands": AUTO, "correct_target": True, "correct_drift": True, "unbiased": True},
     "corrected": {"bands": "8:2,3:32,2:*", "correct_target": True, "correct_drift": True, "unbiased": True},

@@ -87,6 +87,8 @@ def save_plots(result: dict[str, Any], stem: Path) -> list[Path]:
 
 def _plot(cells: Cells, names: list[str], part: str, label: str, path: Path) -> Path:
     methods = list(dict.fromkeys(_method(key) for key in cells if "1/" in key and "," not in key))
+    values = [cell[part] for key, cell in cells.items() if "1/" in key and "," not in key and _tuning(key) in names]
+    limits = min(values) / 2, max(values) * 2  # the same in every panel, so that they can be compared
     with plot_style():
         figure, axes = new_figure(3.2 * len(names) + 1, 3.4, len(names))
         for axis, name in zip(axes, names, strict=True):
@@ -100,10 +102,11 @@ def _plot(cells: Cells, names: list[str], part: str, label: str, path: Path) -> 
                     *zip(*points, strict=True), "o-", label=method, color=series_colour(index)
                 ) if points else None
             if part == "kl":
-                axis.set(yscale="log")
+                axis.set(yscale="log", ylim=limits)
+                axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
             else:
                 axis.axhline(cells[f"{name} tuned"][part], color="grey", linestyle=":")
-            axis.set(title=name, xscale="log", xlabel="16-bit bytes over stored bytes")
+            axis.set(title=name, xscale="log", xlim=(7, 80), xlabel="16-bit bytes over stored bytes")
             axis.set_xticks([8, 16, 32, 64], labels=["8", "16", "32", "64"], minor=False)
             axis.minorticks_off()
         axes[0].set(ylabel=label)

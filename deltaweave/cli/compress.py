@@ -65,9 +65,9 @@ def compress_command(
     recipe: Annotated[
         str,
         typer.Option(
-            help="triple (as published), corrected, optimal, double, single, low-rank, bitdelta, or a YAML file."
+            help="optimal, triple (as published), corrected, double, single, low-rank, bitdelta, or a YAML file."
         ),
-    ] = "triple",
+    ] = "optimal",
     bands: Annotated[
         str | None,
         typer.Option(help="Bands as BITS:RANK,...; the last rank may be * (what the ratio leaves) or full."),
