@@ -15,7 +15,17 @@ from deltaweave.converter.quantize import GridFit
 from deltaweave.formats import CODE_BITS, MAX_BANDS, Band, factored_bytes
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-__all__ = ["DEFAULT_RECIPE", "PRESETS", "BandPlan", "BandSpec", "Recipe", "Sensitivity", "parse_bands", "parse_bytes", "published_alpha"]
+__all__ = [
+    "DEFAULT_RECIPE",
+    "PRESETS",
+    "BandPlan",
+    "BandSpec",
+    "Recipe",
+    "Sensitivity",
+    "parse_bands",
+    "parse_bytes",
+    "published_alpha",
+]
 
 BITS = (*CODE_BITS, 16)
 Rank = int | Literal["*", "full"]
