@@ -32,9 +32,9 @@ HIDDEN, MLP, HEADS, KV_HEADS = 1536, 8960, 12, 2  # Qwen2-1.5B
 LIMIT = 2.5e9
 CHILD = """
 import sys
-from deltaweave.converter import CompressionOptions, compress
+from deltaweave.converter import CompressionOptions, Recipe, compress
 base, tuned, output, samples, length, device = sys.argv[1:]
-options = CompressionOptions(samples=int(samples), sequence_length=int(length), device=device)
+options = CompressionOptions(Recipe.preset('triple'), samples=int(samples), sequence_length=int(length), device=device)
 compress(base, tuned, output, options)
 """
 

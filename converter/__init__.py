@@ -27,11 +27,12 @@ from deltaweave.converter.plan import (
     plan_compression,
 )
 from deltaweave.converter.policies import EmbeddingPolicy, Policies
-from deltaweave.converter.recipe import Recipe, published_alpha
+from deltaweave.converter.recipe import DEFAULT_RECIPE, Recipe, published_alpha
 from deltaweave.converter.search import ROUNDS
 from deltaweave.converter.verify import Check, verify
 
 __all__ = [
+    "DEFAULT_RECIPE",
     "ROUNDS",
     "BitDeltaOptions",
     "CalibrationError",

@@ -22,6 +22,7 @@ from deltaweave.cli.console import (
 )
 from deltaweave.cli.inspect import print_totals, totals
 from deltaweave.converter import (
+    DEFAULT_RECIPE,
     ROUNDS,
     BitDeltaOptions,
     CompressionOptions,
@@ -50,9 +51,9 @@ EXAMPLES = """Examples:
 
     deltaweave compress --base B --tuned T -o quick.safetensors --calibration none
 
-    deltaweave compress --base B --tuned T -o t.safetensors --recipe optimal --max-bytes 900MB
+    deltaweave compress --base B --tuned T -o t.safetensors --max-bytes 900MB
 
-    deltaweave compress --base B --tuned T -o t.safetensors --recipe optimal --max-kl 0.002 --held-out mine.txt
+    deltaweave compress --base B --tuned T -o t.safetensors --max-kl 0.002 --held-out mine.txt
 
     deltaweave compress --base B --tuned T -o t.safetensors --dry-run
 """
@@ -67,7 +68,7 @@ def compress_command(
         typer.Option(
             help="optimal, triple (as published), corrected, double, single, low-rank, bitdelta, or a YAML file."
         ),
-    ] = "optimal",
+    ] = DEFAULT_RECIPE,
     bands: Annotated[
         str | None,
         typer.Option(help="Bands as BITS:RANK,...; the last rank may be * (what the ratio leaves) or full."),

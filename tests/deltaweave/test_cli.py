@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import pytest
+from deltaweave.converter import DEFAULT_RECIPE, CompressionOptions
 from deltaweave.formats import Delta
 from helpers import perturbed, tiny_checkpoint
 from safetensors import SafetensorError
@@ -36,7 +37,7 @@ def made(tmp_path_factory):
     return base, tuned, delta
 
 
-QUICK = ("--ratio", "3/4", "--calibration", "none")
+QUICK = ("--recipe", "triple", "--ratio", "3/4", "--calibration", "none")
 
 
 def pair(base, tuned):
@@ -103,6 +104,13 @@ def test_version_and_help(capsys):
     for command in ("compress", "inspect", "verify", "apply", "generate", "compare"):
         assert run(command, "--help") == 0
         assert "Example" in capsys.readouterr().out
+
+
+def test_bits_are_chosen_under_one_budget_unless_another_recipe_is_asked_for(made, tmp_path):
+    delta = tmp_path / "d.safetensors"
+    assert run("compress", *pair(*made[:2]), "-o", delta, "--ratio", "3/4", "--calibration", "none") == 0
+    with Delta.open(delta) as opened:
+        assert opened.header.method["recipe"]["name"] == CompressionOptions().recipe.name == DEFAULT_RECIPE == "optimal"
 
 
 def test_inspect_json_has_the_bytes_that_are_there(made, capsys):
@@ -189,7 +197,8 @@ def test_shrunk_bands_are_told(made, tmp_path, capsys):
         (("--bands", "8:x"), "'8:x' is not BITS:RANK"),
         (("--ratio", "much"), "--ratio much: expected a number"),
         (("--ratio", "0"), "ratio: Input should be greater than 0"),
-        (("--ratio", "1/100000"), "has a budget of"),
+        (("--ratio", "1/100000"), "have a budget of"),
+        (("--ratio", "1/100000", "--recipe", "triple"), "has a budget of"),
         (("--ratio", "1/4", "--max-kl", "0.1"), "ratio and max_kl are budgets of one thing"),
         (("--max-bytes", "lots"), "'lots' is no size"),
         (("--max-bytes", "9GB"), "max_bytes 9000000000: the projections take"),
