@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode of one token for each of several tenants by several builds of libdeltaweave, in one process.
+
+    python benchmarks/kernels/decode_sweep.py OUTPUT.jsonl old/libdeltaweave.so new/libdeltaweave.so
+
+Llama-2-7B's linears at 1, 8, 32 and 128 tenants, fp16, all tokens checked against float64 on the GPU and run to run. A
+line of JSON a build and number of tenants: ms of 32 layers, us of each fused group. The arena is filled once by the
+first build, so that all must order weights alike. A tenth of a second a line.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import delta_gemm
+import numpy as np
+import torch
+from deltaweave.runtime_plugin.library import Library
+from device_arena import Step
+from factored_records import RandomRecord
+from prefill_sweep import Records, expected_rows
+
+TENANTS = (1, 8, 32, 128)
+
+
+def measure(library: Library, tenants: delta_gemm.Tenants, records: Records, count: int) -> dict[str, Any]:
+    """One line."""
+    tenants.arena.library = library
+    step = Step(tenants.arena, torch.arange(count, dtype=torch.int32))
+    step.make_plan()
+    groups, works, worst, same = {}, [], 0.0, True
+    for name, (_, slices) in delta_gemm.GROUPS.items():
+        calls, x, outputs = delta_gemm.group_work(tenants, step, name, count, torch.float16)
+
+        def run(calls: list[Any] = calls) -> None:
+            for gemm, _ in calls:
+                library.delta_gemm(gemm, torch.cuda.current_stream().cuda_stream)
+
+        seen = []
+        for _ in range(2):
+            for y in outputs:
+                y.zero_()
+            library.delta_gemm(calls[0][0], torch.cuda.current_stream().cuda_stream)
+            seen.append([y.clone() for y in outputs])
+        same = same and all(torch.equal(first, second) for first, second in zip(*seen, strict=True))
+        for y, (out, _) in zip(seen[0], slices, strict=True):
+            expected = expected_rows(records[out, x.shape[1]], x)
+            worst = max(worst, float((y.double() - expected).norm() / expected.norm()))
+        groups[name] = round(delta_gemm.median_ms(run) / tenants.layers * 1e3, 2)
+        works.append((run, x, outputs, calls))
+
+    def whole() -> None:
+        step.make_plan()
+        for run, *_ in works:
+            run()
+
+    milliseconds = delta_gemm.median_ms(whole) * delta_gemm.LAYERS / tenants.layers
+    return {"tenants": count, "ms": milliseconds, "us": groups, "relative_error": worst, "bits_repeat": same}
+
+
+def main() -> None:
+    """Measures every build; prints and writes lines."""
+    rng = np.random.default_rng(0)
+    shapes = {(out, size): bands for size, slices in delta_gemm.GROUPS.values() for out, bands in slices}
+    records = {shape: RandomRecord.draw(rng, shape, bands) for shape, bands in shapes.items()}
+    libraries = {path: Library(Path(path)) for path in sys.argv[2:]}
+    with Path(sys.argv[1]).open("a") as lines:
+        for count in TENANTS:
+            first = next(iter(libraries.values()))
+            tenants = delta_gemm.Tenants(first, count, max(2, min(16, 64 // count)), records)
+            for path, library in libraries.items():
+                row = {"library": path, **measure(library, tenants, records, count)}
+                print(json.dumps(row), file=lines, flush=True)
+                print(json.dumps(row), flush=True)
+            del tenants
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
