@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from deltaweave.converter.checkpoint import EMBEDDING, Checkpoint
 from deltaweave.converter.errors import CheckpointError, OutputError
+from deltaweave.converter.families import Half, Projection
+from deltaweave.converter.half_products import HalfProducts
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -20,13 +22,12 @@ __all__ = [
     "Activations",
     "BlockStream",
     "add_gram",
-    "add_product",
     "compute_dtype",
 ]
 
 # Tokens per forward: bounds what one block's intermediate activations may take.
-CHUNK_TOKENS = {"cpu": 2048, "cuda": 16384}
-# Activations stay on a GPU if those of two layers take less than this share of what is free there.
+CHUNK_TOKENS = {"cpu": 2048, "cuda": 8192}
+# Activations stay on a GPU if twice as many take less than this share of what is free there.
 RESIDENT_SHARE = 0.3
 
 
@@ -36,9 +37,17 @@ class Activations:
     A mapped file costs page cache, not memory.
     """
 
-    def __init__(self, path: Path, device: torch.device, tensor: torch.Tensor, chunk_tokens: int | None = None) -> None:
-        """Of `create` and `load`."""
-        self.path, self.device = path, device
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        tensor: torch.Tensor,
+        chunk_tokens: int | None = None,
+        *,
+        resident: bool,
+    ) -> None:
+        """Of `create` and `load`; `resident` if `tensor` is no mapped file."""
+        self.path, self.device, self.resident = path, device, resident
         self.chunk_tokens = chunk_tokens or CHUNK_TOKENS[device.type]
         self.shape: tuple[int, int, int] = (tensor.shape[0], tensor.shape[1], tensor.shape[2])
         self._tensor = tensor
@@ -65,20 +74,19 @@ class Activations:
             OutputError: no room on the disk for a mapped file.
         """
         if _fits(shape, dtype, device):
-            return cls(path, device, torch.empty(shape, dtype=dtype, device=device), chunk_tokens)
-        return cls(path, device, _claimed(_working(path), shape, dtype), chunk_tokens)
+            return cls(path, device, torch.empty(shape, dtype=dtype, device=device), chunk_tokens, resident=True)
+        return cls(path, device, _claimed(_working(path), shape, dtype), chunk_tokens, resident=False)
 
     @classmethod
     def load(cls, path: Path, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> Activations:
         """What `save` put there, to be read only."""
-        saved = _mapped(path, shape, dtype)
-        return cls(path, device, saved.to(device) if _fits(shape, dtype, device) else saved)
+        saved, resident = _mapped(path, shape, dtype), _fits(shape, dtype, device)
+        return cls(path, device, saved.to(device, copy=True) if resident else saved, resident=resident)
 
     def successor(self, path: Path) -> Activations:
-        """Room for as much of the same, in the same place."""
-        if self._tensor.is_cuda:
-            return Activations(path, self.device, torch.empty_like(self._tensor))
-        return Activations(path, self.device, _claimed(_working(path), self.shape, self._tensor.dtype))
+        """What becomes of them, chunk by chunk: on a GPU in their place, else in a file of its own."""
+        tensor = self._tensor if self.resident else _claimed(_working(path), self.shape, self._tensor.dtype)
+        return Activations(path, self.device, tensor, self.chunk_tokens, resident=self.resident)
 
     @property
     def pieces(self) -> int:
@@ -104,8 +112,9 @@ class Activations:
         """
         working = _working(self.path)
         try:
-            if self._tensor.is_cuda:
-                torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
+            if self.resident:
+                if self.device.type == "cuda":
+                    torch.cuda.current_stream(self.device).wait_stream(torch.cuda.default_stream(self.device))
                 with working.open("wb") as file:
                     for sequence in self._tensor:
                         file.write(sequence.cpu().view(torch.uint8).numpy().data)
@@ -150,6 +159,8 @@ class BlockStream:
         sequence_length: int,
         device: torch.device,
         dtype: torch.dtype | None = None,
+        *,
+        half_products: bool = False,
     ) -> None:
         """Prepares to run blocks of `checkpoint` on sequences of `sequence_length` tokens.
 
@@ -158,8 +169,9 @@ class BlockStream:
             sequence_length: tokens of every sequence.
             device: where blocks run.
             dtype: of the arithmetic; None takes `compute_dtype`'s.
+            half_products: multiply as `half_products.py` does, with all else in `dtype`, which is float32.
         """
-        self.checkpoint, self.device = checkpoint, device
+        self.checkpoint, self.device, self.half_products = checkpoint, device, half_products
         config = AutoConfig.from_pretrained(checkpoint.folder)
         self.dtype = dtype or compute_dtype(checkpoint.dtype(checkpoint.resolve(EMBEDDING) or EMBEDDING), device)
         with torch.device("meta"):
@@ -192,9 +204,14 @@ class BlockStream:
         state = {}
         for name in block.state_dict():
             if prefix + name not in without:
-                state[name] = self._weight(prefix + name)
+                state[name] = self._rounded(self._weight(prefix + name))
         block.load_state_dict(state, strict=False, assign=True)
         return block
+
+    def set_weight(self, projection: Projection, weight: torch.Tensor) -> None:
+        """Replaces a projection's weight in a loaded block, [out_features, in_features] float32."""
+        module = self._blocks[projection.layer].get_submodule(projection.module)
+        module.weight = nn.Parameter(self._rounded(weight), requires_grad=False)
 
     def unload(self, layer: int) -> None:
         """Frees a block's weights."""
@@ -207,9 +224,21 @@ class BlockStream:
 
     def differentiable(self, layer: int, hidden: torch.Tensor) -> torch.Tensor:
         """`forward`, with gradients where they are enabled."""
-        output = self._blocks[layer](hidden, **self._arguments[layer])
+        with self._products():
+            output = self._blocks[layer](hidden, **self._arguments[layer])
         result: torch.Tensor = output[0] if isinstance(output, tuple) else output
         return result
+
+    @torch.no_grad()
+    def through_half(self, layer: int, half: Half, hidden: torch.Tensor) -> torch.Tensor:
+        """`forward` through one half of the block only; `hidden` is what reaches that half."""
+        block = self._blocks[layer]
+        inner: nn.Module = block.get_submodule(half.inner)
+        arguments = self._arguments[layer] if half.inner == "self_attn" else {}
+        with self._products():
+            added = inner(block.get_submodule(half.norm)(hidden), **arguments)
+            output: torch.Tensor = hidden + (added[0] if isinstance(added, tuple) else added)
+            return output
 
     def final_norm(self) -> nn.Module:
         """The norm behind the last block, with its weights."""
@@ -219,53 +248,66 @@ class BlockStream:
         return norm
 
     def second_moment(
-        self, layer: int, module: str, inputs: Activations, report: Callable[[int], None] | None = None
+        self, projection: Projection, inputs: Activations, report: Callable[[int], None] | None = None
     ) -> torch.Tensor:
         """2/n X X^T of one projection's inputs over all n sequences, [in_features, in_features] float32.
 
         The forward stops at the projection, whose predecessors in the block already hold compressed weights.
 
         Args:
-            layer: a loaded block.
-            module: the projection's name inside it.
-            inputs: the block's input.
+            projection: of a loaded block.
+            inputs: what reaches its half of the block.
             report: told after each piece of `inputs` how many are done.
         """
-        total: torch.Tensor | None = None
+        columns = projection.shape[1]
+        total = torch.zeros(columns, columns, dtype=torch.float32, device=self.device)
         for done, (_, hidden) in enumerate(inputs.chunks()):
-            (x,) = self.inputs_of(layer, [module], hidden)
-            if total is None:
-                total = torch.zeros(x.shape[-1], x.shape[-1], dtype=torch.float32, device=self.device)
+            x = self.input_of(projection, hidden)
             add_gram(total, x.flatten(0, -2), 2 / inputs.shape[0])
             if report:
                 report(done + 1)
-        assert total is not None
         return total
 
-    def inputs_of(self, layer: int, modules: Sequence[str], hidden: torch.Tensor) -> list[torch.Tensor]:
-        """What some modules of a loaded block are given; the forward stops at the last of them.
+    def input_of(self, projection: Projection, hidden: torch.Tensor) -> torch.Tensor:
+        """What a projection of a loaded block is given; the forward stops there.
 
         Args:
-            layer: the block.
-            modules: their names inside it, in the order of the data.
-            hidden: the block's input.
+            projection: of a loaded block.
+            hidden: what reaches its half of the block.
         """
+        return self._watched(projection, hidden, stop=True)[0]
+
+    def input_and_output(self, projection: Projection, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What a projection is given, and what its half of the block makes of `hidden`."""
+        x, output = self._watched(projection, hidden, stop=False)
+        assert output is not None
+        return x, output
+
+    def _watched(
+        self, projection: Projection, hidden: torch.Tensor, *, stop: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         seen: list[torch.Tensor] = []
 
         def look(_: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
             seen.append(arguments[0])
-            if len(seen) == len(modules):
+            if stop:
                 raise _InputSeen
 
-        block = self._blocks[layer]
-        handles = [block.get_submodule(module).register_forward_pre_hook(look) for module in modules]
+        layer, output = projection.layer, None
+        handle = self._blocks[layer].get_submodule(projection.module).register_forward_pre_hook(look)
         try:
             with suppress(_InputSeen):
-                self.forward(layer, hidden)
+                output = self.through_half(layer, projection.half, hidden)
         finally:
-            for handle in handles:
-                handle.remove()
-        return seen
+            handle.remove()
+        return seen[0], output
+
+    def _rounded(self, weight: torch.Tensor) -> torch.Tensor:
+        """A block's weight as it is multiplied."""
+        return weight.half() if self.half_products and weight.dim() == 2 else weight.to(self.dtype)
+
+    def _products(self) -> AbstractContextManager[object]:
+        return HalfProducts() if self.half_products else nullcontext()
 
     def _weight(self, name: str) -> torch.Tensor:
         if name not in self.checkpoint:
@@ -290,7 +332,7 @@ def _working(path: Path) -> Path:
 
 
 def _fits(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> bool:
-    size = 2 * int(np.prod(shape)) * dtype.itemsize  # a layer's input and its output
+    size = 2 * int(np.prod(shape)) * dtype.itemsize  # these, and the fine-tune's own or what is computed from them
     return device.type == "cuda" and size < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
 
 
@@ -321,23 +363,11 @@ def add_gram(total: torch.Tensor, x: torch.Tensor, weight: float) -> None:
         x: [tokens, features].
         weight: a factor.
     """
-    add_product(total, x, x, weight)
-
-
-def add_product(total: torch.Tensor, y: torch.Tensor, x: torch.Tensor, weight: float) -> None:
-    """Adds `weight * y^T x` to `total` as `add_gram` does.
-
-    Args:
-        total: [features of y, features of x] float32.
-        y: [tokens, features], of the dtype of `x`.
-        x: [tokens, features].
-        weight: a factor.
-    """
     if x.is_cuda and x.dtype.itemsize == 2:
-        total.add_(torch.mm(y.T, x, out_dtype=torch.float32), alpha=weight)
+        total.add_(torch.mm(x.T, x, out_dtype=torch.float32), alpha=weight)
     else:
         wide = x.float()
-        total.addmm_((wide if y is x else y.float()).T, wide, alpha=weight)
+        total.addmm_(wide.T, wide, alpha=weight)
 
 
 def compute_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

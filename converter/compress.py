@@ -29,7 +29,7 @@ from deltaweave.converter.plan import (
 from deltaweave.converter.policies import other_record
 from deltaweave.converter.search import Attempt, Curve, best_of, search
 from deltaweave.converter.text import DEFAULT_TEXT, CalibrationData, default_sequence_length
-from deltaweave.converter.work import Work
+from deltaweave.converter.work import Streams, Work
 from deltaweave.converter.workspace import OTHERS_PART, Workspace, output_folder
 from deltaweave.formats import BaseIdentity, Record, TensorIdentity, record_bytes
 
@@ -137,14 +137,12 @@ class _Run:
     def write(self, output: Path, *, force: bool, command: str | None) -> Path:
         calibration, held_out = self.calibration, self.held_out
         # Built before any thread runs: meanwhile PyTorch's default dtype is another, in all threads.
-        drift = self.plan.recipe.correct_drift
-        stream = self._stream(calibration, torch.float32 if drift else None)  # why: drift.py
-        own_stream = self._stream(calibration, torch.float32) if drift else None
-        exact_stream = self._stream(held_out, torch.float32)
+        streams = self._streams(calibration)
+        exact_stream = self._stream(held_out, torch.float32) if held_out else None
         quality: dict[str, Any] = {}
         with Overlap.beside(self.device) as overlap:
             others, identity = overlap.aside(self._others), overlap.aside(self._base_identity)
-            compressions = _Compressions.of(self._work(overlap, stream, own_stream))
+            compressions = _Compressions.of(self._work(overlap, streams))
             if held_out is None or exact_stream is None:
                 made = compressions.at(self.plan.recipe.ratio, self.workspace, self.progress)
             else:
@@ -173,7 +171,7 @@ class _Run:
         self.workspace.remove()
         return output
 
-    def _work(self, overlap: Overlap, stream: BlockStream | None, own_stream: BlockStream | None) -> Work:
+    def _work(self, overlap: Overlap, streams: Streams | None) -> Work:
         recipe = self.plan.recipe
         again = recipe.allocated or recipe.max_kl is not None  # whether a projection is decomposed more than once
         return Work(
@@ -183,8 +181,7 @@ class _Run:
             Decompositions(self.workspace.folder if again else None, overlap.write),
             overlap,
             self.calibration,
-            stream,
-            own_stream,
+            streams,
             self.progress,
         )
 
@@ -253,8 +250,20 @@ class _Run:
             "torch": torch.__version__.partition("+")[0],
         }
 
-    def _stream(self, text: CalibrationData | None, dtype: torch.dtype | None) -> BlockStream | None:
-        return BlockStream(self.plan.tuned, text.tokens.shape[1], self.device, dtype) if text else None
+    def _streams(self, text: CalibrationData | None) -> Streams | None:
+        if text is None:
+            return None
+        if not self.plan.recipe.correct_drift:
+            stream = self._stream(text)
+            return Streams(stream, stream)
+        on_gpu = self.device.type == "cuda"
+        served, own = (self._stream(text, torch.float32, half_products=on_gpu) for _ in range(2))  # why: drift.py
+        return Streams(served, self._stream(text) if on_gpu else served, own)
+
+    def _stream(
+        self, text: CalibrationData, dtype: torch.dtype | None = None, *, half_products: bool = False
+    ) -> BlockStream:
+        return BlockStream(self.plan.tuned, text.tokens.shape[1], self.device, dtype, half_products=half_products)
 
     def _others(self) -> None:
         if self.workspace.has(OTHERS_PART):

@@ -6,8 +6,9 @@ Each layer can make part of it good: its target is then the fine-tune's own outp
 where the output is added to the residual stream, what that stream lacks (asymmetric calibration of GPTQ: GPTAQ,
 arXiv 2504.02692, there for the input alone).
 
-Both models are walked in float32: rounded to 16 bits they stray from each other by themselves, and what is fitted to
-that is noise, on a small model more of it than there is to correct.
+Both models are walked in float32, on a GPU with products of 11 bits (`half_products.py`): rounded to bfloat16 they
+stray from each other by themselves, and what is fitted to that is noise, on a small model more of it than there is to
+correct. The fine-tune goes through a half of a block but once, while the last stage of that half is looked at.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from deltaweave.converter.calibration import Activations, BlockStream, add_gram, add_product
+from deltaweave.converter.calibration import Activations, BlockStream
+from deltaweave.converter.families import Projection
+from deltaweave.converter.half_products import halved, product
 
 __all__ = ["OwnStream", "StageMoments", "stage_moments"]
 
@@ -27,14 +30,14 @@ class OwnStream:
 
     Attributes:
         stream: its blocks, another `BlockStream` of the same checkpoint.
-        inputs: what reaches the block that is being compressed.
+        inputs: what reaches the half of a block that is being compressed.
     """
 
     stream: BlockStream
     inputs: Activations
 
     def advance(self, layer: int) -> None:
-        """Puts the block's output in the place of its input."""
+        """Puts the output of a loaded block in the place of its input."""
         for rows, hidden in self.inputs.chunks():
             self.inputs.write(rows, self.stream.forward(layer, hidden))
 
@@ -69,37 +72,53 @@ class StageMoments:
 
 
 def stage_moments(
-    stream: BlockStream,
-    own: OwnStream,
-    layer: int,
-    module: str,
-    norm: str | None,
-    inputs: Activations,
-    report: Callable[[int], None],
+    stream: BlockStream, own: OwnStream, projection: Projection, inputs: Activations, report: Callable[[int], None]
 ) -> StageMoments:
     """The moments of a stage, `stream` and `own` walked side by side up to it.
+
+    Behind the stage that closes a half of the block, `own.inputs` are what that half made of them.
 
     Args:
         stream: the fine-tune, in whose loaded block earlier stages hold compressed weights.
         own: the fine-tune as it is, the same block loaded.
-        layer: the block.
-        module: the stage's first projection.
-        norm: the norm that reads the residual stream which the stage's output is added to; None where there is none.
-        inputs: what reaches the block behind compressed layers.
+        projection: the stage's first.
+        inputs: what reaches its half of the block behind compressed layers.
         report: told after each piece of `inputs` how many are done.
     """
-    modules = [module] if norm is None else [norm, module]
+    out_features, in_features = projection.shape
+    rows = [in_features, in_features, *([out_features] if projection.closes_half else [])]
+    sums = [torch.zeros(count, in_features, device=stream.device) for count in rows]
     weight = 2 / inputs.shape[0]
-    sums: list[torch.Tensor] = []  # of the input itself, what it strayed by, and what the residual stream did
-    for done, ((_, hidden), (_, own_hidden)) in enumerate(zip(inputs.chunks(), own.inputs.chunks(), strict=True)):
-        seen = [x.flatten(0, -2) for x in stream.inputs_of(layer, modules, hidden)]
-        wanted = [x.flatten(0, -2) for x in own.stream.inputs_of(layer, modules, own_hidden)]
-        x = seen[-1]
-        if not sums:
-            rows = [x.shape[1], *(part.shape[1] for part in reversed(seen))]
-            sums = [torch.zeros(count, x.shape[1], device=x.device) for count in rows]
-        add_gram(sums[0], x, weight)
-        for total, mine, theirs in zip(sums[1:], reversed(seen), reversed(wanted), strict=True):
-            add_product(total, theirs - mine, x, weight)
+    for done, ((_, hidden), (piece, own_hidden)) in enumerate(zip(inputs.chunks(), own.inputs.chunks(), strict=True)):
+        x = stream.input_of(projection, hidden)
+        if projection.closes_half:
+            own_x, output = own.stream.input_and_output(projection, own_hidden)
+            strays = [own_x - x, own_hidden - hidden]
+            own.inputs.write(piece, output)
+        else:
+            strays = [own.stream.input_of(projection, own_hidden) - x]
+        _add_products(sums, [x, *strays], x, weight, rounded=stream.half_products)
         report(done + 1)
     return StageMoments(*sums)
+
+
+def _add_products(
+    totals: list[torch.Tensor], ys: list[torch.Tensor], x: torch.Tensor, weight: float, *, rounded: bool
+) -> None:
+    """Adds `weight * y^T x` to each total, the first y being x.
+
+    Args:
+        totals: [features of y, features of x] float32 each.
+        ys: [..., features of y] float32 each.
+        x: [..., features of x] float32.
+        weight: a factor.
+        rounded: whether values may be rounded to 11 bits.
+    """
+    if not rounded:
+        for total, y in zip(totals, ys, strict=True):
+            total.addmm_(y.flatten(0, -2).T, x.flatten(0, -2), alpha=weight)
+        return
+    right, scale = halved(x.flatten(0, -2))
+    for total, y in zip(totals, ys, strict=True):
+        left, left_scale = (right, scale) if y is x else halved(y.flatten(0, -2))
+        total.addcmul_(product(left.T, right), left_scale * scale, value=weight)

@@ -100,7 +100,7 @@ def _measured_tokens(plan: CompressionPlan, options: CompressionOptions) -> int:
 
 def _measured_bytes(plan: CompressionPlan, options: CompressionOptions) -> int:
     """Every block's input and the last one's output, held while sensitivities are measured."""
-    width = int(plan.tuned.config["hidden_size"]) * _dtype(plan, options).itemsize
+    width = int(plan.tuned.config["hidden_size"]) * _measured_dtype(plan, options).itemsize
     return (len(plan.layers) + 1) * _measured_tokens(plan, options) * width
 
 
@@ -111,9 +111,22 @@ def _vector_bytes(plan: CompressionPlan) -> int:
 
 
 def _dtype(plan: CompressionPlan, options: CompressionOptions) -> torch.dtype:
+    """Of activations."""
     if _drifts(plan, options):
         return torch.float32
     return compute_dtype(plan.tuned.dtype(EMBEDDING), options.torch_device)
+
+
+def _product_dtype(plan: CompressionPlan, options: CompressionOptions) -> torch.dtype:
+    """Of what the walks multiply."""
+    on_gpu = options.torch_device.type == "cuda"
+    return torch.float16 if on_gpu and _drifts(plan, options) else _dtype(plan, options)
+
+
+def _measured_dtype(plan: CompressionPlan, options: CompressionOptions) -> torch.dtype:
+    """Of activations that are differentiated."""
+    on_gpu = options.torch_device.type == "cuda"
+    return compute_dtype(plan.tuned.dtype(EMBEDDING), options.torch_device) if on_gpu else _dtype(plan, options)
 
 
 def _activation_bytes(plan: CompressionPlan, options: CompressionOptions) -> int:
@@ -125,7 +138,8 @@ def _seconds_once(plan: CompressionPlan, options: CompressionOptions) -> float:
     device, recipe = options.torch_device, plan.recipe
     seconds = sum(_svd_operations(p) for p in plan.projections) / _rate(torch.float64, device)
     # Forward; forward again; and backward through the activations, which costs as much.
-    seconds += 3 * _measured_tokens(plan, options) * _block_operations(plan) / _rate(_dtype(plan, options), device)
+    measured = _rate(_measured_dtype(plan, options), device)
+    seconds += 3 * _measured_tokens(plan, options) * _block_operations(plan) / measured
     if recipe.allocated:
         roundings = 1 + len(recipe.widths)
         moments = sum(2.0 * roundings * min(p.shape) * (p.shape[0] ** 2 + p.shape[1] ** 2) for p in plan.projections)
@@ -136,7 +150,7 @@ def _seconds_once(plan: CompressionPlan, options: CompressionOptions) -> float:
 def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
     """Of one compression."""
     device = options.torch_device
-    single, own = _rate(torch.float32, device), _rate(_dtype(plan, options), device)
+    single, walked = _rate(torch.float32, device), _rate(_product_dtype(plan, options), device)
     stages = [stage for layer in plan.layers for stage in layer]
     seconds = 0.0
     if plan.recipe.max_kl is not None:
@@ -144,14 +158,15 @@ def _seconds(plan: CompressionPlan, options: CompressionOptions) -> float:
     seconds += sum(4 * p.shape[0] * p.shape[1] * plan.bands[p.weight].rank for p in plan.projections) / single
     if options.calibrated:
         tokens = _tokens(plan, options)
-        walks, moments = 1, sum(2.0 * tokens * _width(stage) ** 2 for stage in stages)
+        forward, moments = _served_operations(plan), sum(2.0 * tokens * _width(stage) ** 2 for stage in stages)
         if _drifts(plan, options):
-            walks, streams = 2, [_width(stage) * stage[0].shape[0] for stage in stages if stage[0].residual]
+            streams = [_width(stage) * stage[0].shape[0] for stage in stages if stage[0].closes_half]
             moments = 2 * moments + sum(2.0 * tokens * size for size in streams)
-        seconds += moments / (own if device.type == "cuda" else single)
+            forward += _block_operations(plan)
+        seconds += moments / (walked if device.type == "cuda" else single)
         seconds += sum(_gptq_operations(plan, stage) for stage in stages) / single
         seconds += sum(_columns(plan, stage) for stage in stages) * COLUMN_SECONDS[device.type]
-        seconds += walks * tokens * _forward_operations(plan) / own
+        seconds += tokens * forward / walked
     return seconds
 
 
@@ -182,20 +197,20 @@ def _block_operations(plan: CompressionPlan) -> float:
     return sum(2.0 * p.shape[0] * p.shape[1] for p in plan.projections)
 
 
-def _forward_operations(plan: CompressionPlan) -> float:
-    """Per token: each stage's data needs the block up to it, the next layer's the whole block."""
+def _served_operations(plan: CompressionPlan) -> float:
+    """Per token: a half's last stage needs the half up to it, the next half all of it."""
     total = 0.0
-    for layer in plan.layers:
-        sizes = [sum(2.0 * p.shape[0] * p.shape[1] for p in stage) for stage in layer]
-        total += sum(sum(sizes[:step]) for step in range(len(sizes) + 1))
+    for stage in (stage for layer in plan.layers for stage in layer):
+        walks = 1 if stage[0].closes_half else 2
+        total += walks * sum(2.0 * p.shape[0] * p.shape[1] for p in stage)
     return total
 
 
 def _memory(plan: CompressionPlan, options: CompressionOptions) -> int:
-    dtype = _dtype(plan, options)
+    dtype, multiplied = _dtype(plan, options), _product_dtype(plan, options)
     layer, peak = plan.layers[0], 0
-    converted = dtype != plan.tuned.dtype(EMBEDDING)
-    block = sum(p.shape[0] * p.shape[1] for stage in layer for p in stage) * dtype.itemsize
+    converted = multiplied != plan.tuned.dtype(EMBEDDING)
+    block = sum(p.shape[0] * p.shape[1] for stage in layer for p in stage) * multiplied.itemsize
     for stage in layer:
         weights = 4 * sum(p.shape[0] * p.shape[1] for p in stage)
         hessians = 4 * 4 * _width(stage) ** 2 if options.calibrated else 0
@@ -220,14 +235,11 @@ def _fidelity_bytes(plan: CompressionPlan) -> int:
 
 
 def _beside(plan: CompressionPlan, options: CompressionOptions) -> int:
-    """What a GPU holds beside: a stage read ahead; a layer's input, its output, and the activations being saved.
-
-    With drift corrected, the fine-tune's own input too.
-    """
+    """What a GPU holds beside: a stage read ahead; a layer's input; with drift corrected, the fine-tune's own too."""
     if options.torch_device.type != "cuda":
         return 0
     widest = max(sum(p.shape[0] * p.shape[1] for p in stage) for stage in plan.layers[0])
-    kept = 4 if _drifts(plan, options) else 3 if options.calibrated else 0
+    kept = 2 if _drifts(plan, options) else 1 if options.calibrated else 0
     return 2 * 4 * widest + kept * _activation_bytes(plan, options)
 
 

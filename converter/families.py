@@ -3,13 +3,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 from deltaweave.converter.checkpoint import Checkpoint
 from deltaweave.converter.errors import CheckpointError
 
-__all__ = ["FAMILIES", "Family", "Projection", "family_of"]
+__all__ = ["FAMILIES", "Family", "Half", "Projection", "family_of"]
+
+
+@dataclass(frozen=True)
+class Half:
+    """A half of a decoder block: it makes `stream + inner(norm(stream))` of the residual stream.
+
+    Attributes:
+        norm: its norm's name inside the block.
+        inner: attention's or the MLP's name.
+    """
+
+    norm: str
+    inner: str
 
 
 @dataclass(frozen=True)
@@ -21,15 +33,16 @@ class Projection:
         module: its name inside the block, such as `self_attn.q_proj`.
         layer: the block's index.
         shape: (out_features, in_features).
-        residual: the norm of the block that reads the residual stream which the output is added to; None where it is
-            added to none.
+        half: of the block.
+        closes_half: whether its output is what its half adds to the residual stream.
     """
 
     weight: str
     module: str
     layer: int
     shape: tuple[int, int]
-    residual: str | None = None
+    half: Half
+    closes_half: bool
 
     @property
     def kind(self) -> str:
@@ -45,12 +58,12 @@ class Family:
         model_type: the name in `config.json`.
         stages: projections of a block in data order; those of one stage share their input, and each stage is
             calibrated behind the already compressed ones before it (GPTQ's true-sequential order).
-        residuals: of projections whose output is added to the residual stream, the norm that reads that stream.
+        halves: of a block, in data order; the last stage of each is one projection, which closes it.
     """
 
     model_type: str
     stages: tuple[tuple[str, ...], ...]
-    residuals: Mapping[str, str]
+    halves: tuple[Half, Half]
     blocks: str = "model.layers"
 
     def projections(self, checkpoint: Checkpoint) -> list[list[list[Projection]]]:
@@ -83,7 +96,9 @@ class Family:
             raise CheckpointError(
                 f"{checkpoint.folder}: {weight} has shape {shape}, expected [out_features, in_features]"
             )
-        return Projection(weight, module, layer, (shape[0], shape[1]), self.residuals.get(module))
+        half = next(half for half in self.halves if module.startswith(half.inner + "."))
+        last = [stage for stage in self.stages if stage[0].startswith(half.inner + ".")][-1]
+        return Projection(weight, module, layer, (shape[0], shape[1]), half, module in last)
 
 
 _LLAMA_STAGES = (
@@ -92,8 +107,8 @@ _LLAMA_STAGES = (
     ("mlp.gate_proj", "mlp.up_proj"),
     ("mlp.down_proj",),
 )
-_LLAMA_RESIDUALS = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
-FAMILIES = {name: Family(name, _LLAMA_STAGES, _LLAMA_RESIDUALS) for name in ("llama", "mistral", "qwen2", "qwen3")}
+_LLAMA_HALVES = (Half("input_layernorm", "self_attn"), Half("post_attention_layernorm", "mlp"))
+FAMILIES = {name: Family(name, _LLAMA_STAGES, _LLAMA_HALVES) for name in ("llama", "mistral", "qwen2", "qwen3")}
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -17,16 +17,15 @@ from deltaweave.converter.projection import compress_stage
 from deltaweave.converter.recipe import BandPlan
 from deltaweave.converter.svd import Factors, whitened_svd
 from deltaweave.converter.text import CalibrationData
-from deltaweave.converter.work import Work
+from deltaweave.converter.work import Streams, Work
 from deltaweave.converter.workspace import layer_part
 from deltaweave.formats import Record
-from torch import nn
 
 __all__ = ["LayerCompression"]
 
 # How often a layer's input is made durable. A layer takes minutes on the CPU and two seconds on a GPU: too few to write
-# 2 GB in, and less than a resumed run is willing to repeat.
-SECONDS_BETWEEN_SAVES = {"cpu": 0.0, "cuda": 20.0}
+# 2 or 4 GB in, and less than a resumed run is willing to repeat.
+SECONDS_BETWEEN_SAVES = {"cpu": 0.0, "cuda": 40.0}
 
 
 @dataclass(frozen=True)
@@ -54,8 +53,8 @@ class LayerCompression:
         """Compresses the layers that are not yet finished; without calibration, rounds to nearest."""
         work = self.work
         if self._finished_layers() < len(self.plan.layers):
-            if work.calibration and work.stream:
-                self._layers_with_data(work.calibration, work.stream)
+            if work.calibration and work.streams:
+                self._layers_with_data(work.calibration, work.streams)
             else:
                 self._layers_without_data()
         work.overlap.flush()
@@ -79,36 +78,33 @@ class LayerCompression:
                 records |= self._compress(stage, next(differences))
             self.work.overlap.write(partial(self.workspace.save, layer_part(layer), records))
 
-    def _layers_with_data(self, calibration: CalibrationData, stream: BlockStream) -> None:
-        layers, first = self.plan.layers, self.workspace.saved_activations
+    def _layers_with_data(self, calibration: CalibrationData, streams: Streams) -> None:
+        stream, layers, first = streams.served, self.plan.layers, self.workspace.saved_activations
         differences = self._differences(first)
         inputs = self._first_inputs(stream, calibration, first)
-        own = self._own(calibration, first)
+        own = self._own(streams.own, calibration, first)
         saved = monotonic()
         for layer in range(first, len(layers)):
-            block = stream.load(layer, without=[projection.weight for stage in layers[layer] for projection in stage])
+            stream.load(layer, without=[projection.weight for stage in layers[layer] for projection in stage])
             if own:
                 own.stream.load(layer)
             records: dict[str, Record] = {}
             for step, stage in enumerate(layers[layer]):
                 moments = self._moments(stream, own, stage, inputs, step)
-                records |= self._compress(stage, next(differences), moments, block)
+                records |= self._compress(stage, next(differences), moments, stream)
+                if stage[0].closes_half and stage is not layers[-1][-1]:
+                    inputs = self._through_half(stream, stage[0], inputs)
             durable = None
-            if layer + 1 < len(layers):
-                inputs = self._propagate(stream, layer, inputs)
-                if own:
-                    own.advance(layer)
-                if monotonic() - saved >= SECONDS_BETWEEN_SAVES[self.work.device.type]:
-                    durable, saved = inputs, monotonic()
+            if layer + 1 < len(layers) and monotonic() - saved >= SECONDS_BETWEEN_SAVES[self.work.device.type]:
+                durable, saved = inputs, monotonic()
             self.work.overlap.write(partial(self._commit, layer, records, durable))
             stream.unload(layer)
             if own:
                 own.stream.unload(layer)
         self.workspace.drop_own()
 
-    def _own(self, calibration: CalibrationData, first: int) -> OwnStream | None:
+    def _own(self, stream: BlockStream | None, calibration: CalibrationData, first: int) -> OwnStream | None:
         """The fine-tune as it is, walked to where the work goes on; None where drift is not corrected."""
-        stream = self.work.own_stream
         if stream is None:
             return None
         shape = (*calibration.tokens.shape, int(self.plan.tuned.config["hidden_size"]))
@@ -144,21 +140,21 @@ class LayerCompression:
 
         def report(done: int) -> None:
             # A stage's share of its layer is taken as equal; half of it goes to the data, half to SVD and GPTQ.
-            part = (step + 0.5 * done / inputs.pieces) / (steps + 1)
+            part = (step + 0.5 * done / inputs.pieces) / steps
             self.work.progress("compressing", first.layer + part, len(self.plan.layers))
 
         if own is None:
-            return StageMoments(stream.second_moment(first.layer, first.module, inputs, report))
-        return stage_moments(stream, own, first.layer, first.module, first.residual, inputs, report)
+            return StageMoments(stream.second_moment(first, inputs, report))
+        return stage_moments(stream, own, first, inputs, report)
 
     def _compress(
         self,
         stage: list[Projection],
         differences: list[_Difference],
         moments: StageMoments | None = None,
-        block: nn.Module | None = None,
+        stream: BlockStream | None = None,
     ) -> dict[str, Record]:
-        """A stage's records. Gives `block` the weights that will be served: later stages are calibrated behind them."""
+        """A stage's records. Gives `stream` the weights that will be served: what follows is calibrated behind them."""
         deltas = [difference.delta for difference in differences]
         bands = [self.plan.bands[projection.weight] for projection in stage]
         hessian = moments.inputs if moments else None
@@ -174,10 +170,8 @@ class LayerCompression:
         for projection, difference, result in zip(stage, differences, results, strict=True):
             if result.record is not None:
                 records[projection.weight] = result.record
-            if block is not None:
-                module = block.get_submodule(projection.module)
-                served = (difference.base.float() + result.delta).to(next(module.parameters()).dtype)
-                module.weight = nn.Parameter(served, requires_grad=False)
+            if stream is not None:
+                stream.set_weight(projection, difference.base.float() + result.delta)
         return records
 
     def _differences(self, first: int) -> Iterator[list[_Difference]]:
@@ -194,14 +188,14 @@ class LayerCompression:
         hand_over(base, delta, *((factors.u, factors.sigma, factors.v) if factors else ()))
         return _Difference(base, delta, factors)
 
-    def _propagate(self, stream: BlockStream, layer: int, inputs: Activations) -> Activations:
-        outputs = inputs.successor(self.workspace.activations(layer + 1))
-        steps = len(self.plan.layers[0])
-        for done, (rows, hidden) in enumerate(inputs.chunks()):
-            self.work.progress(
-                "compressing", layer + (steps + done / inputs.pieces) / (steps + 1), len(self.plan.layers)
-            )
-            outputs.write(rows, stream.forward(layer, hidden))
+    def _through_half(self, stream: BlockStream, closing: Projection, inputs: Activations) -> Activations:
+        """What half of a block, all of its projections compressed, makes of what reaches it."""
+        outputs = inputs
+        if closing.half == self.plan.layers[0][0][0].half:  # a resumed run may begin with a block's input: spare it
+            outputs = inputs.successor(self.workspace.activations(closing.layer + 1))
+            self.work.overlap.flush()  # on a GPU the input is about to be overwritten, and it may be being saved
+        for rows, hidden in inputs.chunks():
+            outputs.write(rows, stream.through_half(closing.layer, closing.half, hidden))
         return outputs
 
 

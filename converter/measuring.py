@@ -36,13 +36,13 @@ class Measurement:
 
     def tables(self) -> Mapping[str, DistortionTable]:
         """Every projection's table, in the measure of the recipe's sensitivity."""
-        calibration, stream = self.work.calibration, self.work.stream
+        calibration, streams = self.work.calibration, self.work.streams
         file = self.workspace.folder / TABLES_FILE
         if not file.is_file():
-            if calibration is None or stream is None or self.recipe.sensitivity == "weight":
+            if calibration is None or streams is None or self.recipe.sensitivity == "weight":
                 tables = dict(self._unweighted())
             else:
-                tables = dict(self._weighted(calibration, stream))
+                tables = dict(self._weighted(calibration, streams.measured))
             _save(file, tables)
         return _load(file)  # also when just measured: a resumed run has no other
 

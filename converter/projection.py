@@ -67,10 +67,11 @@ def compress_stage(
         if factor.rank == 0:
             results.append(CompressedProjection(None, torch.zeros_like(delta)))
             continue
-        u, target = _quantize_u(delta, factor, plan, v, hessian, lack, recipe)
+        seen = delta if hessian is None else delta @ hessian
+        u, target = _quantize_u(seen, factor, plan, v, hessian, lack, recipe)
         sigma = factor.sigma * _restored(u.values, target) if recipe.unbiased else factor.sigma
         approximation = u.values.T @ (sigma[:, None] * v.values)
-        quality = {"energy_kept": factor.energy, **_errors(delta, approximation, hessian)}
+        quality = {"energy_kept": factor.energy, **_errors(delta, seen, approximation, hessian)}
         shape = (delta.shape[0], delta.shape[1])
         record = FactoredRecord(shape, u.packed(plan.bands), v.packed(plan.bands), sigma.cpu().numpy(), quality)
         results.append(CompressedProjection(record, approximation))
@@ -103,7 +104,7 @@ def _quantize_v(
 
 
 def _quantize_u(
-    delta: torch.Tensor,
+    seen: torch.Tensor,
     factor: Factors,
     plan: BandPlan,
     v: QuantizedRows,
@@ -113,14 +114,13 @@ def _quantize_u(
 ) -> tuple[QuantizedRows, torch.Tensor]:
     """U against the input it will see at run time, `sigma * (V^ x)`; its Hessian follows from V^ without new data.
 
-    Also what it was quantized from, [out_features, rank].
+    `seen` is the delta times the Hessian. Also returns what U was quantized from, [out_features, rank].
     """
     bits = bits_of_ranks(plan.bands)
     basis = factor.sigma[:, None] * v.values
     u_hessian = basis @ basis.T if hessian is None else basis @ hessian @ basis.T
     target = factor.u
     if recipe.correct_target:
-        seen = delta if hessian is None else delta @ hessian
         if lacking is not None:
             seen = seen + lacking
         target = _corrected(factor.u, u_hessian, seen @ basis.T)
@@ -170,17 +170,15 @@ def _corrected(u: torch.Tensor, u_hessian: torch.Tensor, products: torch.Tensor)
     return corrected
 
 
-def _errors(delta: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None) -> dict[str, float]:
+def _errors(
+    delta: torch.Tensor, seen: torch.Tensor, approximation: torch.Tensor, hessian: torch.Tensor | None
+) -> dict[str, float]:
     """Relative Frobenius error of the delta and, with a Hessian, of its output on the calibration data."""
     error = delta - approximation
     errors = {"weight_error": _ratio(error.square().sum(), delta.square().sum())}
     if hessian is not None:
-        errors["output_error"] = _ratio(_energy(error, hessian), _energy(delta, hessian))
+        errors["output_error"] = _ratio(((error @ hessian) * error).sum(), (seen * delta).sum())
     return errors
-
-
-def _energy(delta: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:
-    return ((delta @ hessian) * delta).sum()
 
 
 def _ratio(error: torch.Tensor, whole: torch.Tensor) -> float:

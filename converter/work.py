@@ -13,7 +13,22 @@ from deltaweave.converter.plan import CompressionOptions, CompressionPlan, Progr
 from deltaweave.converter.text import CalibrationData
 from deltaweave.converter.workspace import Workspace
 
-__all__ = ["Work"]
+__all__ = ["Streams", "Work"]
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The fine-tune block by block, for sequences of the calibration's length.
+
+    Attributes:
+        served: takes the weights that will be served as they are made.
+        measured: is differentiated where sensitivities are measured.
+        own: stays as it is while projections of `served` are compressed; None where drift is not corrected.
+    """
+
+    served: BlockStream
+    measured: BlockStream
+    own: BlockStream | None = None
 
 
 @dataclass(frozen=True)
@@ -27,9 +42,7 @@ class Work:
         decompositions: every projection's singular triplets, made once a run.
         overlap: the threads beside the one that computes.
         calibration: the text that inputs are taken from; None weighs all alike.
-        stream: the fine-tune block by block, for sequences of the calibration's length; None without calibration.
-        own_stream: the same once more, to stay as it is while projections of `stream` are compressed; None where drift
-            is not corrected.
+        streams: the fine-tune; None without calibration.
         progress: told how far the pass is.
     """
 
@@ -39,8 +52,7 @@ class Work:
     decompositions: Decompositions
     overlap: Overlap
     calibration: CalibrationData | None
-    stream: BlockStream | None
-    own_stream: BlockStream | None
+    streams: Streams | None
     progress: Progress
 
     @property

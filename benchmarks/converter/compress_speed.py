@@ -215,11 +215,11 @@ def check_moments() -> dict[str, float]:
                 exact.append(torch.zeros(total.shape, dtype=torch.float64, device=total.device))
             exact[0].addmm_(x.double().T, x.double(), alpha=weight)
 
-    def checked(stream: Any, layer: int, module: str, *arguments: Any) -> torch.Tensor:
-        moment = whole(stream, layer, module, *arguments)
+    def checked(stream: Any, projection: Any, *arguments: Any) -> torch.Tensor:
+        moment = whole(stream, projection, *arguments)
         if exact:
             reference = exact.pop()
-            errors[module] = float((moment - reference).norm() / reference.norm())
+            errors[projection.module] = float((moment - reference).norm() / reference.norm())
         return moment
 
     calibration.add_gram, calibration.BlockStream.second_moment = added, checked

@@ -7,6 +7,7 @@ import pytest
 import torch
 from deltaweave.converter import CalibrationError, Checkpoint
 from deltaweave.converter.calibration import Activations, BlockStream
+from deltaweave.converter.families import family_of
 from deltaweave.converter.text import CalibrationData, default_sequence_length
 from helpers import FAMILIES, tiny_checkpoint
 from transformers import AutoModelForCausalLM
@@ -53,7 +54,13 @@ def test_second_moment_equals_a_hook_on_the_model(checkpoint, tmp_path, module):
         model(tokens, use_cache=False)
     x = seen[0].flatten(0, -2).double()
     stream.load(0)
-    hessian = stream.second_moment(0, module, inputs)
+    projections = family_of(checkpoint).projections(checkpoint)[0]
+    (projection,) = (p for stage in projections for p in stage if p.module == module)
+    attention = projections[0][0].half
+    if projection.half != attention:
+        for rows, hidden in inputs.chunks():
+            inputs.write(rows, stream.through_half(0, attention, hidden))
+    hessian = stream.second_moment(projection, inputs)
     assert torch.allclose(hessian.double(), 2 / len(tokens) * x.T @ x, rtol=1e-4, atol=1e-5)
 
 

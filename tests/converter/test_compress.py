@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
+from time import sleep
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from safetensors.torch import load_file, save_file
 # The package exports the function under the module's name.
 compress_module = importlib.import_module("deltaweave.converter.compress")
 layers_module = importlib.import_module("deltaweave.converter.layers")
+calibration_module = importlib.import_module("deltaweave.converter.calibration")
 QUICK = {"samples": 8, "sequence_length": 32}
 
 
@@ -211,6 +213,7 @@ def test_a_run_resumes_where_activations_were_saved_last(tmp_path, text, monkeyp
     assert [name for name in unfinished if name.startswith("activations")] == [
         "activations-00002.bin",
         "activations-00003.tmp",
+        "activations-00004.tmp",
     ]
     monkeypatch.setattr(layers_module, "monotonic", lambda: 0.0)
     calls.clear()
@@ -218,6 +221,39 @@ def test_a_run_resumes_where_activations_were_saved_last(tmp_path, text, monkeyp
     compress(*pair, broken, wanted)
     assert len(calls) == 8
     assert digest(broken) == digest(whole)
+
+
+@pytest.mark.parametrize(("stop_after", "drift"), [(7, False), (6, True), (7, True), (11, True)])
+def test_activations_changed_in_place_change_no_byte(tmp_path, text, monkeypatch, drift, stop_after):
+    """As on a GPU: a layer's input is overwritten while it may still be being saved; a stopped run finds it whole."""
+    base = tiny_checkpoint(tmp_path / "base", layers=3)
+    pair = base, perturbed(base, tmp_path / "tuned")
+    recipe = Recipe(bands="8:1,3:4,2:*", ratio=3 / 4, group_size=32, correct_target=drift, correct_drift=drift)
+    wanted = CompressionOptions(recipe, text, samples=8, sequence_length=32, device="cpu")
+    in_files = compress(*pair, tmp_path / "files.safetensors", wanted)
+    save, original, calls = calibration_module.Activations.save, layers_module.compress_stage, []
+
+    def slow(activations):
+        sleep(0.3)
+        save(activations)
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == stop_after:
+            raise Killed
+        return original(*arguments)
+
+    monkeypatch.setattr(calibration_module, "_fits", lambda *_: True)
+    monkeypatch.setattr(calibration_module.Activations, "save", slow)
+    monkeypatch.setattr(compress_module.Overlap, "beside", lambda _: Overlap(lambda: None))
+    in_place = tmp_path / "place.safetensors"
+    monkeypatch.setattr(layers_module, "compress_stage", interrupted)
+    with pytest.raises(Killed):
+        compress(*pair, in_place, wanted)
+    if stop_after != 6:  # then it may still be being saved
+        assert (tmp_path / f"place.safetensors.partial/activations-{(stop_after - 1) // 4:05}.bin").is_file()
+    monkeypatch.setattr(layers_module, "compress_stage", original)
+    assert digest(compress(*pair, in_place, wanted)) == digest(in_files)
 
 
 def test_threads_beside_the_work_change_no_byte(pair, tmp_path, text, monkeypatch):

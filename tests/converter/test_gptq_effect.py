@@ -59,12 +59,13 @@ def held_out_errors(pair, path, folder):
         for layer, stages in enumerate(family_of(tuned).projections(tuned)):
             stream.load(layer)
             for projection in (projection for stage in stages for projection in stage):
-                hessian = stream.second_moment(layer, projection.module, inputs).double()
+                hessian = stream.second_moment(projection, inputs).double()
                 change = (tuned.tensor(projection.weight).float() - base.tensor(projection.weight).float()).double()
                 missed = change - torch.from_numpy(delta.dequantize(projection.weight)).double()
                 error[projection.kind] += float(((missed @ hessian) * missed).sum())
                 energy[projection.kind] += float(((change @ hessian) * change).sum())
-            for rows, hidden in inputs.chunks():
-                inputs.write(rows, stream.forward(layer, hidden))
+                if projection.closes_half:
+                    for rows, hidden in inputs.chunks():
+                        inputs.write(rows, stream.through_half(layer, projection.half, hidden))
             stream.unload(layer)
     return {kind: (error[kind] / energy[kind]) ** 0.5 for kind in error}
