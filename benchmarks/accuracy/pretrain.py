@@ -94,7 +94,7 @@ def _train(model: Qwen2ForCausalLM, batches: Iterator[torch.Tensor], steps: int,
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 if __name__ == "__main__":
