@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,16 +80,17 @@ def save_plots(result: dict[str, Any], stem: Path) -> list[Path]:
     names = list(dict.fromkeys(_tuning(key) for key in result["cells"] if "1/" in key and "," not in key))[:4]
     if not names:
         return []
+    cells, count = result["cells"], result["settings"]["items"]
     return [
-        _plot(result["cells"], names, "kl", "KL to the fine-tune", stem.with_name(stem.name + "_kl.png")),
-        _plot(result["cells"], names, "held_out", "held-out items right", stem.with_name(stem.name + "_held_out.png")),
+        _plot(cells, names, "kl", "KL to the fine-tune", count, stem.with_name(stem.name + "_kl.png")),
+        _plot(cells, names, "held_out", "held-out items right", count, stem.with_name(stem.name + "_held_out.png")),
     ]
 
 
-def _plot(cells: Cells, names: list[str], part: str, label: str, path: Path) -> Path:
+def _plot(cells: Cells, names: list[str], part: str, label: str, count: int, path: Path) -> Path:
     methods = list(dict.fromkeys(_method(key) for key in cells if "1/" in key and "," not in key))
-    values = [cell[part] for key, cell in cells.items() if "1/" in key and "," not in key and _tuning(key) in names]
-    limits = min(values) / 2, max(values) * 2  # the same in every panel, so that they can be compared
+    shown = [cell[part] for key, cell in cells.items() if "1/" in key and "," not in key and _tuning(key) in names]
+    limits = min(shown) / 2, max(shown) * 2  # the same in every panel, so that they can be compared
     with plot_style():
         figure, axes = new_figure(3.2 * len(names) + 1, 3.4, len(names))
         for axis, name in zip(axes, names, strict=True):
@@ -98,14 +100,18 @@ def _plot(cells: Cells, names: list[str], part: str, label: str, path: Path) -> 
                     for key, cell in cells.items()
                     if "1/" in key and _tuning(key) == name and _method(key) == method
                 )
-                axis.plot(
-                    *zip(*points, strict=True), "o-", label=method, color=series_colour(index)
-                ) if points else None
+                if not points:
+                    continue
+                sizes, values = zip(*points, strict=True)
+                errors = None if part == "kl" else _errors(values, count)
+                axis.errorbar(sizes, values, errors, fmt="o-", capsize=3, label=method, color=series_colour(index))
             if part == "kl":
                 axis.set(yscale="log", ylim=limits)
                 axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
             else:
                 axis.axhline(cells[f"{name} tuned"][part], color="grey", linestyle=":")
+                axis.set(ylim=(0, 1.05))
+                axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
             axis.set(title=name, xscale="log", xlim=(7, 80), xlabel="16-bit bytes over stored bytes")
             axis.set_xticks([8, 16, 32, 64], labels=["8", "16", "32", "64"], minor=False)
             axis.minorticks_off()
@@ -113,6 +119,14 @@ def _plot(cells: Cells, names: list[str], part: str, label: str, path: Path) -> 
         axes[-1].legend(fontsize=7)
         to_png(figure, path)
     return path
+
+
+def _errors(shares: Sequence[float], count: int) -> list[list[float]]:
+    """95 % below and above, as matplotlib wants them."""
+    bounds = [interval(share, count) for share in shares]
+    below = [share - low for share, (low, _) in zip(shares, bounds, strict=True)]
+    above = [max(0.0, high - share) for share, (_, high) in zip(shares, bounds, strict=True)]
+    return [below, above]
 
 
 def _tuning(key: str) -> str:

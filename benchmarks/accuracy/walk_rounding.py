@@ -100,10 +100,10 @@ def exact(arguments: argparse.Namespace) -> Any:
 
 
 def served(arguments: argparse.Namespace, path: Path) -> Any:
-    """The base with the delta."""
+    """The base with the delta, unrounded."""
     model, base = exact(arguments), Checkpoint.open(arguments.base)
     with Delta.open(path) as delta:
-        state = {name: tuned_tensor(base, delta, name) for name in tuned_names(base, delta)}
+        state = {name: tuned_tensor(base, delta, name, torch.float32) for name in tuned_names(base, delta)}
     model.load_state_dict(state, strict=False)
     return model
 

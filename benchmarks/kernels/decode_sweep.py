@@ -10,8 +10,8 @@ first build, so that all must order weights alike. A tenth of a second a line.
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,16 +63,20 @@ def measure(library: Library, tenants: delta_gemm.Tenants, records: Records, cou
 
 def main() -> None:
     """Measures every build; prints and writes lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="file that lines are added to")
+    parser.add_argument("libraries", type=Path, nargs="+", help="builds of libdeltaweave")
+    arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     shapes = {(out, size): bands for size, slices in delta_gemm.GROUPS.values() for out, bands in slices}
     records = {shape: RandomRecord.draw(rng, shape, bands) for shape, bands in shapes.items()}
-    libraries = {path: Library(Path(path)) for path in sys.argv[2:]}
-    with Path(sys.argv[1]).open("a") as lines:
+    libraries = {path: Library(path) for path in arguments.libraries}
+    with arguments.output.open("a") as lines:
         for count in TENANTS:
             first = next(iter(libraries.values()))
             tenants = delta_gemm.Tenants(first, count, max(2, min(16, 64 // count)), records)
             for path, library in libraries.items():
-                row = {"library": path, **measure(library, tenants, records, count)}
+                row = {"library": str(path), **measure(library, tenants, records, count)}
                 print(json.dumps(row), file=lines, flush=True)
                 print(json.dumps(row), flush=True)
             del tenants

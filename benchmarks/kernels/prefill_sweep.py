@@ -9,8 +9,8 @@ and token count: ms of 32 layers, us of each fused group, base + delta over base
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -60,16 +60,20 @@ def measure(library: Library, tenants: delta_gemm.Tenants, records: Records, tok
 
 def main() -> None:
     """Measures every build; prints and writes lines."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("output", type=Path, help="file that lines are added to")
+    parser.add_argument("libraries", type=Path, nargs="+", help="builds of libdeltaweave")
+    arguments = parser.parse_args()
     rng = np.random.default_rng(0)
     shapes = {(out, size): bands for size, slices in delta_gemm.GROUPS.values() for out, bands in slices}
     records = {shape: RandomRecord.draw(rng, shape, bands) for shape, bands in shapes.items()}
     base = {tokens: delta_gemm.base_ms(tokens, LAYERS, torch.float16) for tokens in (512, 2048)}
-    with Path(sys.argv[1]).open("a") as lines:
-        for path in sys.argv[2:]:
-            library = Library(Path(path))
+    with arguments.output.open("a") as lines:
+        for path in arguments.libraries:
+            library = Library(path)
             tenants = delta_gemm.Tenants(library, 1, LAYERS, records)
             for tokens, cublas in base.items():
-                row = {"library": path, **measure(library, tenants, records, tokens), "base_ms": cublas}
+                row = {"library": str(path), **measure(library, tenants, records, tokens), "base_ms": cublas}
                 row["base_and_delta_over_base"] = 1 + row["ms"] / cublas
                 print(json.dumps(row), file=lines, flush=True)
                 print(json.dumps(row), flush=True)
