@@ -23,13 +23,17 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+# Items made ahead at a time. An eigenproblem keeps a GPU waiting more than working, and two of them fill its gaps.
+AHEAD = 2
+
+
 class Overlap:
     """Threads with one kind of work each; left by an error, it waits for what runs and drops the rest."""
 
     def __init__(self, prepare: Callable[[], object] | None) -> None:
         """Makes threads that each call `prepare` first; None makes none."""
         self._prepare, self._threads = prepare, ExitStack()
-        self._ahead, self._writer, self._aside = self._thread(), self._thread(), self._thread()
+        self._ahead, self._writer, self._aside = self._pool(AHEAD), self._pool(), self._pool()
         self._written: Future[None] | None = None
         self._writing = Lock()
 
@@ -45,14 +49,14 @@ class Overlap:
         self._threads.close()
 
     def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`function` of every item, always one item ahead, on a GPU stream of its own.
+        """`function` of every item, in their order, always `AHEAD` items ahead, each on a GPU stream of its thread.
 
         Tensors in what it returns must have been handed over, see `hand_over`.
         """
         if self._ahead is None:
             return map(function, items)
         waiting = iter(items)
-        begun = deque(self._ahead.submit(function, item) for item in islice(waiting, 1))
+        begun = deque(self._ahead.submit(function, item) for item in islice(waiting, AHEAD))
         return self._results(self._ahead, function, waiting, begun)
 
     def aside(self, function: Callable[[], Result]) -> Callable[[], Result]:
@@ -73,10 +77,10 @@ class Overlap:
         if self._written is not None:
             self._written.result()
 
-    def _thread(self) -> ThreadPoolExecutor | None:
+    def _pool(self, threads: int = 1) -> ThreadPoolExecutor | None:
         if self._prepare is None:
             return None
-        pool = ThreadPoolExecutor(1, initializer=self._prepare)
+        pool = ThreadPoolExecutor(threads, initializer=self._prepare)
         self._threads.callback(pool.shutdown, cancel_futures=True)
         return pool
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import shutil
 from pathlib import Path
+from threading import Barrier
 from time import sleep
 
 import pytest
@@ -266,6 +267,18 @@ def test_threads_beside_the_work_change_no_byte(pair, tmp_path, text, monkeypatc
     for calibration in (text, "none"):
         with pytest.raises(CheckpointError, match=f"{NAME} has 2 NaN or infinite values"):
             compress(*pair, tmp_path / "bad.safetensors", options(calibration=calibration), restart=True)
+
+
+def test_two_are_made_ahead_at_once_and_come_in_order():
+    together = Barrier(2, timeout=10)
+
+    def made(item):
+        together.wait()
+        sleep(0.05 * (item % 2 == 0))  # the first of two is the slower
+        return item
+
+    with Overlap(lambda: None) as overlap:
+        assert list(overlap.ahead(made, range(6))) == list(range(6))
 
 
 def test_a_failed_write_behind_the_work_is_raised(pair, tmp_path, monkeypatch):
