@@ -38,7 +38,7 @@ from deltaweave.converter.svd import short_vectors
 from deltaweave.formats import Delta, DenseRecord, FactoredRecord, record_bytes
 from finetune import encode, replies, score_answers
 from problems import SKILLS, Item
-from report import print_tables, save_plots, summary
+from report import bits_of, print_tables, save_plots, summary
 from results_file import circumstances, write_result
 from tuning import TUNINGS, Tuning, spectrum, tune, write_calibration
 
@@ -95,7 +95,7 @@ def main() -> None:
         "caveat": CAVEAT,
         "settings": {"items": arguments.items, "tunings": {name: vars(tuning) for name, tuning in TUNINGS.items()}},
         "cells": found,
-        "summary": summary(found),
+        "summary": summary(found, arguments.items),
     }
     write_result(arguments.output, result)
     print_tables(result)
@@ -282,6 +282,7 @@ class FineTune:
                 answers = replies(model, lab.tokenizer, [item.prompt for item in chunk], lab.new_tokens)
                 right += [a.strip() == item.completion.strip() for a, item in zip(answers, chunk, strict=True)]
             scores[part] = sum(right) / len(right)
+            scores[f"{part}_right"] = bits_of(right)
         tests = [encode(item, lab.tokenizer) for item in self._tests(True)]
         answers, prompts = score_answers(self.tuned, model, tests)
         return {

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accuracy laboratory once over a tiny model, with a method that needs no calibration and two that do."""
 
+import importlib.util
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +12,18 @@ import pytest
 from helpers import tiny_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "experiment.py"
+
+
+def test_accuracy_lost_is_counted_item_by_item():
+    spec = importlib.util.spec_from_file_location("accuracy_report", SCRIPT.with_name("report.py"))
+    report = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(report)
+    tuned, cell = [False, True, True, True, False, True], [False, False, True, False, True, True]
+    cells = ({"held_out_right": report.bits_of(right)} for right in (tuned, cell))
+    share, error = report.lost(*cells, len(tuned))
+    differences = [mine - theirs for mine, theirs in zip(tuned, cell, strict=True)]
+    assert share == pytest.approx(statistics.mean(differences))
+    assert error == pytest.approx(statistics.pstdev(differences) / len(tuned) ** 0.5)
 
 
 @pytest.mark.slow
