@@ -40,7 +40,10 @@ class Overlap:
     @classmethod
     def beside(cls, device: torch.device) -> Overlap:
         """Threads if `device` is a GPU, none else."""
-        return cls(partial(_own_stream, device) if device.type == "cuda" else None)
+        if device.type != "cuda":
+            return cls(None)
+        torch.linalg.eigh(torch.eye(2, device=device))  # loads PyTorch's solvers, which two threads at once cannot
+        return cls(partial(_own_stream, device))
 
     def __enter__(self) -> Overlap:
         return self
