@@ -42,11 +42,25 @@ struct Input {
   int features, offset;
 };
 
+// Four neighbouring lanes hold four words each; then lane i has the i-th of all four.
+__device__ __forceinline__ uint4 transpose(const uint32_t (&words)[4]) {
+  const bool odd = threadIdx.x % 2 == 1, high = threadIdx.x % 4 >= 2;
+  uint32_t half[4];  // of the lane and its neighbour: words of its own parity
+#pragma unroll
+  for (int i = 0; i < 4; i += 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, odd ? words[i] : words[i + 1], 1);
+    half[i] = odd ? other : words[i];
+    half[i + 1] = odd ? words[i + 1] : other;
+  }
+  const uint32_t first = __shfl_xor_sync(0xffffffffu, high ? half[0] : half[2], 2);
+  const uint32_t second = __shfl_xor_sync(0xffffffffu, high ? half[1] : half[3], 2);
+  return high ? make_uint4(first, second, half[2], half[3])
+              : make_uint4(half[0], half[1], first, second);
+}
+
 template <typename T>
-__device__ void write_x(const Gemm& gemm, const Input<T>& input, int order) {
-  const int row = gemm.plan[plan_rows(gemm.token_count) + order];
-  if (row < 0) return;
-  const int token = token_at(gemm, order), octets = kGroup / 8 * gemm.in_groups;
+__device__ void write_x(const Gemm& gemm, const Input<T>& input, int order, int token, int row) {
+  const int octets = kGroup / 8 * gemm.in_groups;
   const T* from = input.x + token * input.stride;
   float scale = 1.f;
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
@@ -60,17 +74,20 @@ __device__ void write_x(const Gemm& gemm, const Input<T>& input, int order) {
     scale = normalizer<13>(block_reduce(largest, fmaxf));
   }
   float sum = 0.f;
-  for (int octet = threadIdx.x; octet < octets; octet += kThreads) {
-    float values[8];
-    load_octet(from, 8 * octet - input.offset, input.features, values);
-#pragma unroll
-    for (int i = 0; i < 8; ++i) sum += fabsf(values[i]);
-    // Pair i of an octet lies in the i-th of four octets of the image, a lane's place apart.
+  const int whole_warps = static_cast<int>(round_up(octets, 32));  // all lanes exchange words
+  for (int octet = threadIdx.x; octet < whole_warps; octet += kThreads) {
+    float values[8] = {};
+    if (octet < octets) load_octet(from, 8 * octet - input.offset, input.features, values);
+    uint32_t pairs[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      unsigned char* to = octet_at(gemm.x_image, input_tiles(gemm), row, octet / 4 * 4 + i);
-      reinterpret_cast<uint32_t*>(to)[octet % 4] =
-          bits_of(__floats2half2_rn(values[2 * i] * scale, values[2 * i + 1] * scale));
+      sum += fabsf(values[2 * i]) + fabsf(values[2 * i + 1]);
+      pairs[i] = bits_of(__floats2half2_rn(values[2 * i] * scale, values[2 * i + 1] * scale));
+    }
+    // Pair i of an octet lies in the i-th of four octets of the image, a lane's place apart.
+    const uint4 own = transpose(pairs);
+    if (octet < octets) {
+      *reinterpret_cast<uint4*>(octet_at(gemm.x_image, input_tiles(gemm), row, octet)) = own;
     }
   }
   sum = block_reduce(sum, [](float a, float b) { return a + b; }) * scale;
@@ -163,8 +180,12 @@ __global__ void __launch_bounds__(kThreads)
     write_cuts(gemm, dense);
     return;
   }
-  const int order = static_cast<int>(blockIdx.x) - 1;
-  if (dense_chunks(gemm) > 0 && order < gemm.plan[kPlanPlaced]) write_x(gemm, input, order);
+  // All that the plan says is asked for before any of it is looked at.
+  const int order = static_cast<int>(blockIdx.x) - 1, placed = gemm.plan[kPlanPlaced];
+  const int row = gemm.plan[plan_rows(gemm.token_count) + order], token = token_at(gemm, order);
+  if (dense_chunks(gemm) > 0 && order < placed && row >= 0) {
+    write_x(gemm, input, order, token, row);
+  }
 }
 
 }  // namespace

@@ -17,7 +17,8 @@ constexpr int kRows = 16 * kConsumers;  // weight rows of a block
 static_assert(kRows == kGroup, "a block of stage 2 is a group of outputs");
 
 struct Item {
-  int4 chunk;  // slot, first token in plan order, count, place among the dense slots
+  int4 chunk;      // slot, first token in plan order, count, place among the dense slots
+  int image_tile;  // of the images' row tiles: that of the (first) chunk
   const int64_t* row;
   int slice, part, parts, tile;  // tile: the place of (chunk, slice, column) among all
   int column;                    // the first rank, or the first output's place in whole groups
@@ -72,16 +73,76 @@ __device__ __forceinline__ void wait_consumers() {
   asm volatile("bar.sync 1, %0;" ::"n"(32 * kConsumers) : "memory");
 }
 
-// What every lane of a warp needs of every token is found by one lane a token: its own_token(0 ..
-// 3).
-constexpr int kOwnTokens = kTileRows / 32;  // of a tile
-__device__ __forceinline__ int own_token(const Item& item, int t) {
-  return min(32 * t + static_cast<int>(threadIdx.x) % 32, item.chunk.z - 1);
+// A band as the warps that multiply need it.
+struct alignas(16) Band {
+  int end;    // the first unit behind it, of the record's
+  int shape;  // bits, grid and rank (layout.h)
+  const __half* levels;
+};
+
+// What the warps that multiply need of an item, found by those that copy: it comes ahead, as the
+// operands do. No steps: there are no more items.
+template <int kTiles>
+struct ItemNote {
+  Item item;
+  Band bands[DW_MAX_BANDS];
+  float scale[kTiles * kTileRows];  // of each token
+};
+
+// All threads that copy write a note, each its share; this one is the index-th.
+template <int kTiles>
+__device__ __forceinline__ void write_item(ItemNote<kTiles>& note, const Gemm& gemm,
+                                           const Item& item, int index) {
+  if (index == 0) note.item = item;
+  if (index >= DW_MAX_BANDS) return;
+  const Shapes shapes = load_shapes(item.row);
+  Band band = {0, 0, nullptr};
+#pragma unroll
+  for (int b = 0; b < DW_MAX_BANDS; ++b) {
+    if (b > index) break;
+    band.shape = static_cast<int>(shapes.of[b]);
+    band.end += padded_rank(band_rank(band.shape)) / kUnit;
+  }
+  if (band_grid(band.shape) == DW_GRID_CODEBOOK) {
+    band.levels = reinterpret_cast<const __half*>(band_part(gemm, item.row, index, DW_BAND_LEVELS));
+  }
+  note.bands[index] = band;
 }
-template <typename V, int kCount>
-__device__ __forceinline__ V from_owner(const V (&own)[kCount], int j, int which) {
-  return __shfl_sync(0xffffffffu, own[j / 4], token_of(j % 4, which));
-}
+
+// Goes through a record's units in order.
+struct Walk {
+  const Band* bands;
+  int band = -1, first = 0, end = 0;  // units [first, end) are those of the band
+  int bits = 2, rank = 0;
+  const __half* levels = nullptr;
+
+  __device__ __forceinline__ explicit Walk(const Band* bands) : bands(bands) {}
+
+  // Finds the band of a unit; behind the last: one without ranks.
+  __device__ __forceinline__ void to(int unit) {
+    while (unit >= end && band < DW_MAX_BANDS) {
+      first = end;
+      if (++band == DW_MAX_BANDS) {
+        bits = 2;
+        rank = 0;
+        levels = nullptr;
+        return;
+      }
+      const Band now = bands[band];
+      end = now.end;
+      bits = band_bits(now.shape);
+      rank = band_rank(now.shape);
+      levels = now.levels;
+    }
+  }
+  // Ranks of a unit of the band.
+  __device__ __forceinline__ int ranks(int unit) const {
+    return max(0, min(rank - kUnit * (unit - first), kUnit));
+  }
+  __device__ __forceinline__ Unit at(int unit) const {
+    return {band, unit - first, bits, ranks(unit), levels != nullptr};
+  }
+};
 
 }  // namespace prefill
 }  // namespace dw

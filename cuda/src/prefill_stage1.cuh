@@ -28,15 +28,15 @@ struct Stage1 {
 
   __device__ __forceinline__ Item at(int index) const {
     Item item;
-    const int chunk = index % chunks;
+    item.image_tile = index % chunks;
     index /= chunks;
     item.slice = index % gemm.slice_count;
     index /= gemm.slice_count;
     const int tile = index % tiles;
     item.column = tile * kRows;
     item.part = index / tiles;
-    item.tile = (tile * gemm.slice_count + item.slice) * chunks + chunk;
-    item.chunk = dense_chunk(gemm, chunk);
+    item.tile = (tile * gemm.slice_count + item.slice) * chunks + item.image_tile;
+    item.chunk = dense_chunk(gemm, item.image_tile);
     item.row = directory_row(gemm, gemm.slices[item.slice].projection, item.chunk.x);
     const int each = ceil_div(gemm.in_groups, parts_of(gemm, item.slice, item.chunk.w));
     item.parts = ceil_div(gemm.in_groups, each);
@@ -44,8 +44,9 @@ struct Stage1 {
     item.steps = item.column < padded_ranks(gemm, item.row)
                      ? 2 * max(0, min(each, gemm.in_groups - item.first))
                      : 0;
-    item.tokens = gemm.x_image +
-                  (static_cast<int64_t>(chunk) * input_tiles(gemm) + 2 * item.first) * kTileBytes;
+    item.tokens =
+        gemm.x_image +
+        (static_cast<int64_t>(item.image_tile) * input_tiles(gemm) + 2 * item.first) * kTileBytes;
     return item;
   }
 
@@ -67,29 +68,46 @@ struct Stage1 {
   };
   __device__ __forceinline__ void expect_y(const Item&) const {}
 
+  using Note = ItemNote<kTiles>;  // scales: what keeps h within fp16
+  __device__ __forceinline__ void write(Note& note, const Item& item, int index) const {
+    write_item(note, gemm, item, index);
+    const int order = item.chunk.y + min(index, item.chunk.z - 1);
+    note.scale[index] = h_scale(h_bound(gemm, item.row), __ldcg(gemm.token_scales + order).x);
+  }
+
   __device__ __forceinline__ int64_t tile_pitch() const { return 0; }
 
   // A warp's weights: one unit of ranks.
   struct Weights {
     const Gemm& gemm;
-    const Item& item;
+    const int64_t* row;
+    int first;  // 128 k of in_features, the item's first
     Unit unit;
     const __half* levels;
+    float2 sigma;  // of this lane's two ranks
 
-    __device__ __forceinline__ Weights(const Stage1& stage, const Item& item)
-        : gemm(stage.gemm),
-          item(item),
-          unit(unit_at(load_shapes(item.row),
-                       item.column / kUnit + static_cast<int>(threadIdx.x) / 32)),
-          levels(levels_of(gemm, item.row, unit)) {}
+    __device__ __forceinline__ Weights(const Stage1& stage, const Note& note)
+        : gemm(stage.gemm), row(note.item.row), first(note.item.first) {
+      Walk walk(note.bands);
+      const int own = note.item.column / kUnit + static_cast<int>(threadIdx.x) / 32;
+      walk.to(own);
+      unit = walk.at(own);
+      levels = walk.levels;
+      const float* all = reinterpret_cast<const float*>(gemm.arena + row[DW_FIELD_SIGMA]);
+      sigma = make_float2(0.f, 0.f);
+      if (unit.ranks > 0) {
+        const int rank = own * kUnit + static_cast<int>(threadIdx.x) % 32 / 4 * 2;
+        sigma = __ldg(reinterpret_cast<const float2*>(all + rank));
+      }
+    }
 
     __device__ __forceinline__ void unpack(Fragments& a,
                                            const unsigned char (&blocks)[kBlocks][kMaxBlockBytes],
                                            int step) const {
       if (unit.bits == 16) {
-        return read_v(a, v_blocks(gemm, item.row, unit),
+        return read_v(a, v_blocks(gemm, row, unit),
                       static_cast<int64_t>(gemm.in_groups) * whole_block_bytes(16),
-                      item.first + step / 2, unit.ranks, step % 2);
+                      first + step / 2, unit.ranks, step % 2);
       }
       const unsigned char* block = blocks[threadIdx.x / 32];
       dispatch(unit.bits, unit.levels, [&]<int kBits, bool kLevels>() {
@@ -139,46 +157,49 @@ struct Stage1 {
   }
 
   // Lane 4q + c has ranks 2q and 2q + 1 of a unit.
-  __device__ __forceinline__ void finish(const Item& item, Sums (&all)[kTiles],
-                                         int& arrived) const {
+  __device__ __forceinline__ void finish(const Note& note, const Weights& weights,
+                                         Sums (&all)[kTiles], int& arrived) const {
+    const Item& item = note.item;
     Sums& sums = all[0];
     if (item.parts > 1 && !gather(item, sums, arrived)) return;
-    const int padded = padded_ranks(gemm, item.row), q = threadIdx.x % 32 / 4;
-    const int end = rank_tiles(padded) * kTileDepth;  // zeros behind the last rank
-    const float* sigma = reinterpret_cast<const float*>(gemm.arena + item.row[DW_FIELD_SIGMA]);
-    const float bound = h_bound(gemm, item.row);
-    unsigned char* image = h_image(gemm, item.slice);
-    const int image_row =
-        gemm.plan[plan_rows(gemm.token_count) + item.chunk.y];  // of the chunk's first token
+    const int q = threadIdx.x % 32 / 4, units = note.bands[DW_MAX_BANDS - 1].end;
     const int index = item.column / kUnit + static_cast<int>(threadIdx.x) / 32;
-    const int rank = index * kUnit + 2 * q;
-    const bool written = rank < end;
-    const float2 factor = rank < padded ? __ldg(reinterpret_cast<const float2*>(sigma + rank))
-                                        : make_float2(0.f, 0.f);
-    const int band = unit_at(load_shapes(item.row), index).band;
-    float scale[kOwnTokens];
-#pragma unroll
-    for (int t = 0; t < kOwnTokens; ++t) {
-      const int order = item.chunk.y + own_token(item, t);
-      scale[t] = h_scale(bound, __ldcg(gemm.token_scales + order).x);
-      if (gemm.record == DW_LORA) scale[t] *= expert_weight(gemm, token_at(gemm, order), band);
-    }
+    // Behind the last unit sums are zeros, which the image's last tile needs.
+    const bool written = index < ceil_div(units, kTileDepth / kUnit) * (kTileDepth / kUnit);
+    float expert[kTileRows / 32];  // weights of LORA, of token 32 t + lane
+    const bool lora = gemm.record == DW_LORA;
+    if (lora) load_experts(item, weights.unit.band, expert);
     uint32_t* to[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       unsigned char* octet =
-          octet_at(image, gemm.rank_tiles, image_row + token_of(0, i), 2 * index + q % 2);
+          octet_at(h_image(gemm, item.slice), gemm.rank_tiles,
+                   item.image_tile * kTileRows + token_of(0, i), 2 * index + q % 2);
       to[i] = reinterpret_cast<uint32_t*>(octet) + q / 2;
     }
+    const float2* scales = reinterpret_cast<const float2*>(note.scale) + threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < kTileRows / 8; ++j) {
+      const float2 both = scales[4 * j];
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        const float of_token = from_owner(scale, j, i);
-        const uint32_t pair = bits_of(__floats2half2_rn(sums[j][i] * factor.x * of_token,
-                                                        sums[j][2 + i] * factor.y * of_token));
+        float of_token = i == 0 ? both.x : both.y;
+        if (lora) of_token *= __shfl_sync(0xffffffffu, expert[j / 4], token_of(j % 4, i));
+        const uint32_t pair = bits_of(__floats2half2_rn(
+            sums[j][i] * weights.sigma.x * of_token, sums[j][2 + i] * weights.sigma.y * of_token));
         if (token_of(j, i) < item.chunk.z && written) to[i][j * 8 * 128 / 4] = pair;
       }
+    }
+  }
+
+  // A lane asks for the weights of its own tokens; a unit behind the last band takes any expert's.
+  __device__ __forceinline__ void load_experts(const Item& item, int band,
+                                               float (&expert)[kTileRows / 32]) const {
+#pragma unroll
+    for (int t = 0; t < kTileRows / 32; ++t) {
+      const int own = min(32 * t + static_cast<int>(threadIdx.x) % 32, item.chunk.z - 1);
+      expert[t] =
+          expert_weight(gemm, token_at(gemm, item.chunk.y + own), min(band, DW_MAX_BANDS - 1));
     }
   }
 };

@@ -34,6 +34,16 @@ __device__ __forceinline__ void add_pair(__nv_bfloat16* to, float first, float s
 #endif
 }
 
+// y + row * pitch, a pitch in bytes, in one instruction: the compiler takes several.
+template <typename T>
+__device__ __forceinline__ T* row_at(T* y, int row, uint32_t pitch) {
+  uint64_t address = 0;
+  asm("mad.wide.u32 %0, %1, %2, %3;"
+      : "=l"(address)
+      : "r"(row), "r"(pitch), "l"(reinterpret_cast<uint64_t>(y)));
+  return reinterpret_cast<T*>(address);
+}
+
 template <typename T, int kOfTokens>
 struct Stage2 {
   static constexpr int kTiles = kOfTokens;
@@ -51,8 +61,7 @@ struct Stage2 {
 
   __device__ __forceinline__ Item at(int index) const {
     Item item;
-    int chunk;
-    item.chunk = chunks.at(gemm, index % chunks.count, chunk);
+    item.chunk = chunks.at(gemm, index % chunks.count, item.image_tile);
     index /= chunks.count;
     item.slice = item.part = item.first = item.tile = 0;
     item.parts = 1;
@@ -60,8 +69,8 @@ struct Stage2 {
     item.column = index * kRows;
     item.row = directory_row(gemm, gemm.slices[item.slice].projection, item.chunk.x);
     item.steps = item.chunk.z > 0 ? rank_tiles(padded_ranks(gemm, item.row)) : 0;
-    item.tokens =
-        h_image(gemm, item.slice) + static_cast<int64_t>(chunk) * gemm.rank_tiles * kTileBytes;
+    item.tokens = h_image(gemm, item.slice) +
+                  static_cast<int64_t>(item.image_tile) * gemm.rank_tiles * kTileBytes;
     return item;
   }
 
@@ -104,6 +113,22 @@ struct Stage2 {
     }
   };
 
+  struct Note : ItemNote<kTiles> {  // scales: what undoes those of x, h and u, times the weight
+    int token[kTiles * kTileRows];  // row of y
+  };
+  __device__ __forceinline__ void write(Note& note, const Item& item, int index) const {
+    write_item(note, gemm, item, index);
+    const float undo = reinterpret_cast<const float*>(gemm.arena + item.row[DW_FIELD_HEADER])[1];
+    const float bound = h_bound(gemm, item.row);
+#pragma unroll
+    for (int t = 0; t < kTiles; ++t) {
+      const int order = item.chunk.y + min(t * kTileRows + index, item.chunk.z - 1);
+      const float2 own = __ldcg(gemm.token_scales + order);
+      note.scale[t * kTileRows + index] = own.y * undo * inverse(h_scale(bound, own.x));
+      note.token[t * kTileRows + index] = token_at(gemm, order);
+    }
+  }
+
   __device__ __forceinline__ T* y_row(const Item& item, int row) const {
     const Slice& slice = gemm.slices[item.slice];
     return static_cast<T*>(slice.y) + token_at(gemm, item.chunk.y + row) * slice.y_stride;
@@ -125,150 +150,128 @@ struct Stage2 {
   // A warp's weights: the units of 64 ranks, of its 16 outputs.
   struct Weights {
     const Gemm& gemm;
-    const Item& item;
-    // The band that most steps lie in: its units and what they are like.
-    int band_first = 0, band_end = 0, rank = 0;
-    Unit like = {};
-    const __half* levels = nullptr;
+    const int64_t* row;
+    int group;
+    Walk walk;
 
-    __device__ __forceinline__ Weights(const Stage2& stage, const Item& item)
-        : gemm(stage.gemm), item(item) {}
+    __device__ __forceinline__ Weights(const Stage2& stage, const Note& note)
+        : gemm(stage.gemm), row(note.item.row), group(note.item.column / kGroup), walk(note.bands) {
+      walk.to(0);
+    }
 
     __device__ __forceinline__ void unpack(Fragments& a,
                                            const unsigned char (&units)[kBlocks][kMaxBlockBytes],
                                            int step) {
-      const int first = kBlocks * step;
-      if (first < band_first || first + kBlocks > band_end || like.bits == 16) {
-        return unpack_each(a, units, first);
-      }
-      const int last = min(rank - (first + kBlocks - 1 - band_first) * kUnit, kUnit);
-      dispatch(like.bits, like.levels, [&]<int kBits, bool kLevels>() {
+      const int first = kBlocks * step, last = first + kBlocks - 1;
+      if (last >= walk.end || walk.bits == 16) return unpack_each(a, units, first);
+      const int last_ranks = walk.ranks(last);
+      dispatch(walk.bits, walk.levels != nullptr, [&]<int kBits, bool kLevels>() {
         if constexpr (kBits != 16) {
 #pragma unroll
           for (int i = 0; i < kBlocks; ++i) {
-            unpack_u<kBits, kLevels>(a[i], units[i], i == kBlocks - 1 ? last : kUnit, levels);
+            unpack_u<kBits, kLevels>(a[i], units[i], i == kBlocks - 1 ? last_ranks : kUnit,
+                                     walk.levels);
           }
         }
       });
+      walk.to(last + 1);
     }
 
-    // Units of several bands, or of 16 bits; finds the band of the one behind them.
+    // Units of several bands, or of 16 bits.
     __device__ __forceinline__ void unpack_each(
         Fragments& a, const unsigned char (&units)[kBlocks][kMaxBlockBytes], int first) {
-      const Shapes shapes = load_shapes(item.row);
-      const int group = item.column / kGroup;
       uint32_t unpacked[kBlocks][4];  // in local memory: one copy of the code for all units
 #pragma unroll 1
       for (int i = 0; i < kBlocks; ++i) {
-        const Unit own = unit_at(shapes, first + i);
-        const __half* own_levels = levels_of(gemm, item.row, own);
+        const Unit own = walk.at(first + i);
         dispatch(own.bits, own.levels, [&]<int kBits, bool kLevels>() {
           if constexpr (kBits != 16) {
-            unpack_u<kBits, kLevels>(unpacked[i], units[i], own.ranks, own_levels);
+            unpack_u<kBits, kLevels>(unpacked[i], units[i], own.ranks, walk.levels);
           } else {
-            read_u(unpacked[i], u_blocks(gemm, item.row, own, group), own.ranks);
+            read_u(unpacked[i], u_blocks(gemm, row, own, group), own.ranks);
           }
         });
+        walk.to(first + i + 1);
       }
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) {
 #pragma unroll
         for (int r = 0; r < 4; ++r) a[i][r] = unpacked[i][r];
       }
-      like = unit_at(shapes, first + kBlocks);
-      levels = levels_of(gemm, item.row, like);
-      rank = 0;
-#pragma unroll
-      for (int band = 0; band < DW_MAX_BANDS; ++band) {
-        if (like.ranks > 0 && band == like.band) rank = band_rank(shapes.of[band]);
-      }
-      band_first = first + kBlocks - like.index;
-      band_end = band_first + padded_rank(rank) / kUnit;
     }
-  };
-
-  // What the end of an item needs of its tokens.
-  struct Tokens {
-    float scale[kOwnTokens * kTiles];
-    int y_row[kOwnTokens * kTiles];
   };
 
   // Lane 4q + c has outputs 2q and 2q + 1 of the warp's 16.
-  __device__ __forceinline__ void finish(const Item& item, Sums (&sums)[kTiles], int&) const {
-    const Slice& slice = gemm.slices[item.slice];
-    const float undo = reinterpret_cast<const float*>(gemm.arena + item.row[DW_FIELD_HEADER])[1];
-    const float bound = h_bound(gemm, item.row);
-    Tokens tokens;
-#pragma unroll
-    for (int t = 0; t < kOwnTokens * kTiles; ++t) {
-      const int order = item.chunk.y + own_token(item, t);
-      const float2 own = __ldcg(gemm.token_scales + order);
-      tokens.scale[t] = own.y * undo * inverse(h_scale(bound, own.x));
-      tokens.y_row[t] = token_at(gemm, order);
-    }
-    const int begin = item.column - slice.out_offset;  // the item's first output
+  __device__ __forceinline__ void finish(const Note& note, const Weights&, Sums (&sums)[kTiles],
+                                         int&) const {
+    const Slice& slice = gemm.slices[note.item.slice];
+    const int begin = note.item.column - slice.out_offset;  // the item's first output
     const int first = begin + static_cast<int>(threadIdx.x) / 32 * 16 +
                       static_cast<int>(threadIdx.x) % 32 / 4 * 2;
+    // Pairs are added as words, and their addresses are products of 32 bits.
     const bool pairs = reinterpret_cast<uintptr_t>(slice.y) % (2 * sizeof(T)) == 0 &&
-                       slice.y_stride % 2 == 0 && begin >= 0 && begin % 2 == 0 &&
-                       begin + kRows <= slice.out_features;
+                       slice.y_stride % 2 == 0 && slice.y_stride < 1 << 30 && begin >= 0 &&
+                       begin % 2 == 0 && begin + kRows <= slice.out_features;
     T* y = static_cast<T*>(slice.y) + first;
     if (pairs) {
-      add_pairs(item, tokens, sums, y);
+      add_pairs(note, sums, y, static_cast<uint32_t>(slice.y_stride * sizeof(T)));
     } else {
-      add_each(item, tokens, sums, y, first);
+      add_each(note, sums, y, first);
     }
   }
 
   // y is added to where it lies, by the L2: nothing waits for it.
-  __device__ __forceinline__ void add_pairs(const Item& item, const Tokens& tokens,
-                                            const Sums (&sums)[kTiles], T* y) const {
-    constexpr int kEights = kTileRows / 8;
-    const int64_t stride = gemm.slices[item.slice].y_stride;
+  __device__ __forceinline__ void add_pairs(const Note& note, const Sums (&sums)[kTiles], T* y,
+                                            uint32_t pitch) const {
 #pragma unroll
-    for (int j = 0; j < kEights * kTiles; ++j) {
-      if (8 * j >= item.chunk.z) break;
+    for (int t = 0; t < kTiles; ++t) {
+      const int count = note.item.chunk.z - t * kTileRows;
+      if (count >= kTileRows) {
+        add_tile<true>(note, sums[t], t, count, y, pitch);
+      } else if (count > 0) {
+        add_tile<false>(note, sums[t], t, count, y, pitch);
+      }
+    }
+  }
+  template <bool kWhole>
+  __device__ __forceinline__ void add_tile(const Note& note, const Sums& sums, int t, int count,
+                                           T* y, uint32_t pitch) const {
+    const float2* scales =
+        reinterpret_cast<const float2*>(note.scale + t * kTileRows) + threadIdx.x % 4;
+    const int2* rows = reinterpret_cast<const int2*>(note.token + t * kTileRows) + threadIdx.x % 4;
 #pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const float of_token = from_owner(tokens.scale, j, i);
-        T* row = y + from_owner(tokens.y_row, j, i) * stride;
-        const float (&own)[4] = sums[j / kEights][j % kEights];
-        if (token_of(j, i) < item.chunk.z) add_pair(row, own[i] * of_token, own[2 + i] * of_token);
+    for (int j = 0; j < kTileRows / 8; ++j) {
+      const float2 scale = scales[4 * j];
+      const int2 row = rows[4 * j];
+      if (kWhole || token_of(j, 0) < count) {
+        add_pair(row_at(y, row.x, pitch), sums[j][0] * scale.x, sums[j][2] * scale.x);
+      }
+      if (kWhole || token_of(j, 1) < count) {
+        add_pair(row_at(y, row.y, pitch), sums[j][1] * scale.y, sums[j][3] * scale.y);
       }
     }
   }
 
   // Outputs that end within the item, or lie at odd places.
-  __device__ __forceinline__ void add_each(const Item& item, const Tokens& tokens,
-                                           const Sums (&sums)[kTiles], T* y, int first) const {
+  __device__ __forceinline__ void add_each(const Note& note, const Sums (&sums)[kTiles], T* y,
+                                           int first) const {
     constexpr int kEights = kTileRows / 8;
-    const Slice& slice = gemm.slices[item.slice];
+    const Slice& slice = gemm.slices[note.item.slice];
     float kept[kTiles * kEights][4];  // in local memory: a short loop
 #pragma unroll
     for (int j = 0; j < kTiles * kEights; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) kept[j][i] = sums[j / kEights][j % kEights][i];
     }
-#pragma unroll
-    for (int t = 0; t < kTiles; ++t) {
-      float scale[kOwnTokens];
-      int y_row[kOwnTokens];
-#pragma unroll
-      for (int own = 0; own < kOwnTokens; ++own) {
-        scale[own] = tokens.scale[t * kOwnTokens + own];
-        y_row[own] = tokens.y_row[t * kOwnTokens + own];
-      }
 #pragma unroll 1
-      for (int index = 0; index < 2 * kEights; ++index) {
-        const int j = index / 2, i = index % 2;
-        const float of_token = from_owner(scale, j, i);
-        T* row = y + from_owner(y_row, j, i) * slice.y_stride;
-        if (t * kTileRows + token_of(j, i) >= item.chunk.z) continue;
+    for (int index = 0; index < 2 * kTiles * kEights; ++index) {
+      const int j = index / 2, i = index % 2, token = token_of(j, i);
+      if (token >= note.item.chunk.z) continue;
+      T* row = y + note.token[token] * slice.y_stride;
 #pragma unroll 1
-        for (int n = 0; n < 2; ++n) {
-          if (first + n < 0 || first + n >= slice.out_features) continue;
-          row[n] = add(row[n], kept[t * kEights + j][2 * n + i] * of_token);
-        }
+      for (int n = 0; n < 2; ++n) {
+        if (first + n < 0 || first + n >= slice.out_features) continue;
+        row[n] = add(row[n], kept[j][2 * n + i] * note.scale[token]);
       }
     }
   }

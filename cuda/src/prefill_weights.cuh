@@ -25,9 +25,6 @@ struct Unit {
   int bits, ranks;
   bool levels;
 
-  __device__ __forceinline__ bool is_like(const Unit& other) const {
-    return bits == other.bits && levels == other.levels;
-  }
   // What is in memory as blocks of 16 ranks is staged; 16-bit values are read where they lie.
   __device__ __forceinline__ bool is_staged() const { return ranks > 0 && bits != 16; }
 };
@@ -49,11 +46,6 @@ __device__ __forceinline__ Unit unit_at(const Shapes& shapes, int index) {
 __device__ __forceinline__ const unsigned char* band_part(const Gemm& gemm, const int64_t* row,
                                                           int band, int field) {
   return gemm.arena + row[DW_FIELD_BANDS + band * DW_BAND_FIELDS + field];
-}
-__device__ __forceinline__ const __half* levels_of(const Gemm& gemm, const int64_t* row,
-                                                   const Unit& unit) {
-  if (!unit.levels) return nullptr;
-  return reinterpret_cast<const __half*>(band_part(gemm, row, unit.band, DW_BAND_LEVELS));
 }
 
 // A unit's first block in memory. Of V^ group `group` lies v_block_bytes(bits, ranks) behind the

@@ -41,9 +41,9 @@ struct Stages {
   uint64_t full[kStages], empty[kStages];
 
   // One thread calls it, before a barrier of all.
-  __device__ __forceinline__ void initialize() {
+  __device__ __forceinline__ void initialize(int fillers = kProducers * kArrivalsOfACopy) {
     for (int s = 0; s < kStages; ++s) {
-      initialize(full[s], kProducers * kArrivalsOfACopy);
+      initialize(full[s], fillers);
       initialize(empty[s], 32 * kConsumers);
     }
 #if __CUDA_ARCH__ >= 900
@@ -55,11 +55,7 @@ struct Stages {
   __device__ __forceinline__ void wait_empty(Now turn) { wait(empty[turn.place], turn.round ^ 1); }
   // A consumer warp has read a stage. Every lane arrives for its own reads: an arrival of one lane
   // behind __syncwarp would do, is no faster, and looks like a race to compute-sanitizer.
-  __device__ __forceinline__ void release(Now turn) {
-    asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(
-                     shared_address(&empty[turn.place]))
-                 : "memory");
-  }
+  __device__ __forceinline__ void release(Now turn) { arrive(empty[turn.place]); }
 
 #if __CUDA_ARCH__ >= 900
   static constexpr int kArrivalsOfACopy = 1;
@@ -112,6 +108,13 @@ struct Stages {
 #endif
   }
 
+ protected:
+  __device__ static __forceinline__ void arrive(uint64_t& barrier) {
+    asm volatile("{\n\t.reg .b64 state;\n\tmbarrier.arrive.shared::cta.b64 state, [%0];\n\t}" ::"r"(
+                     shared_address(&barrier))
+                 : "memory");
+  }
+
  private:
   __device__ static __forceinline__ void initialize(uint64_t& barrier, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(&barrier)),
@@ -130,6 +133,23 @@ struct Stages {
         "@!p bra again;\n\t}" ::"r"(shared_address(&barrier)),
         "r"(parity)
         : "memory");
+  }
+};
+
+// Notes that all lanes of the filling warps write beside the stages, by ordinary stores.
+//
+//   filling:  wait_empty(turn); ... write ...; publish(turn)
+//   reading:  wait_full(turn); ... read ...; release(turn)
+template <int kNotes, int kReaders, int kWriters>
+struct Notes : private Stages<kNotes, kReaders, kWriters> {
+  using Base = Stages<kNotes, kReaders, kWriters>;
+  using Base::release;
+  using Base::wait_empty;
+  using Base::wait_full;
+
+  __device__ __forceinline__ void initialize() { Base::initialize(32 * kWriters); }
+  __device__ __forceinline__ void publish(Turn<kNotes> turn) {
+    this->arrive(this->full[turn.place]);
   }
 };
 
