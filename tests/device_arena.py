@@ -1,8 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An arena on the GPU held by torch tensors, for tests and benchmarks of the kernels below any host."""
+"""An arena held by torch tensors, for tests and benchmarks of the kernels below any host.
+
+The device is a GPU, or the CPU for a library whose kernels are emulated there (emulated_library).
+"""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from collections.abc import Mapping, Sequence
 from typing import Protocol
 
@@ -21,12 +26,33 @@ from deltaweave.runtime_plugin.library import (
     Slice,
 )
 
-__all__ = ["AnyRecord", "DeviceArena", "Step", "to_device"]
+__all__ = ["AnyRecord", "DeviceArena", "Step", "placed", "poisoned", "to_device"]
 
 
-def to_device(data: bytes) -> torch.Tensor:
+def poisoned(size: int, value: int, device: str) -> torch.Tensor:
+    """Bytes of one value. Those of the CPU end, up to alignment, at a page that nobody may touch."""
+    if device == "cuda":
+        return torch.full((size,), value, dtype=torch.uint8, device=device)
+    aligned = -(-size // 256) * 256
+    whole = -(-aligned // mmap.PAGESIZE) * mmap.PAGESIZE
+    memory = mmap.mmap(-1, whole + mmap.PAGESIZE)
+    everything = torch.frombuffer(memory, dtype=torch.uint8)
+    guard = ctypes.c_void_p(everything.data_ptr() + whole)
+    assert ctypes.CDLL(None).mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+    return everything[whole - aligned :][:size].fill_(value)
+
+
+def placed(values: torch.Tensor, device: str) -> torch.Tensor:
+    """A copy on the device."""
+    if device == "cuda":
+        return values.cuda()
+    memory = poisoned(values.numel() * values.element_size(), 0, device)
+    return memory.view(values.dtype).view(values.shape).copy_(values)
+
+
+def to_device(data: bytes, device: str = "cuda") -> torch.Tensor:
     """Bytes as a device tensor; one byte for nothing."""
-    return torch.from_numpy(np.frombuffer(data or b"\0", dtype=np.uint8).copy()).cuda()
+    return placed(torch.from_numpy(np.frombuffer(data or b"\0", dtype=np.uint8).copy()), device)
 
 
 class AnyRecord(Protocol):
@@ -41,13 +67,22 @@ class DeviceArena:
     """The buffer, the directory and the bookkeeping."""
 
     def __init__(
-        self, library: Library, parameters: Sequence[Parameter], *, slots: int, size: int, max_rank: int
+        self,
+        library: Library,
+        parameters: Sequence[Parameter],
+        *,
+        slots: int,
+        size: int,
+        max_rank: int,
+        device: str = "cuda",
     ) -> None:
         self.library = library
         self.max_rank = max_rank
-        self.buffer = torch.full((size,), 0xA5, dtype=torch.uint8, device="cuda")
-        self.address = torch.tensor([self.buffer.data_ptr()], device="cuda")
-        self.directory = torch.zeros((len(parameters), slots, DIRECTORY_FIELDS), dtype=torch.int64, device="cuda")
+        self.device = device
+        self.buffer = poisoned(size, 0xA5, device)
+        self.address = torch.tensor([self.buffer.data_ptr()], device=device)
+        shape = (len(parameters), slots, DIRECTORY_FIELDS)
+        self.directory = placed(torch.zeros(shape, dtype=torch.int64), device)
         self.arena = Arena(
             library,
             device_address=self.buffer.data_ptr(),
@@ -57,13 +92,23 @@ class DeviceArena:
             max_rank=max_rank,
         )
 
+    @property
+    def stream(self) -> int:
+        """The current stream as the library takes it."""
+        return torch.cuda.current_stream().cuda_stream if self.device == "cuda" else 0
+
+    def synchronize(self) -> None:
+        """Waits until what was launched has ended."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
     def add(self, records: Mapping[int, AnyRecord]) -> int:
         """Uploads, repacks and commits a tenant; returns its slot."""
         shapes = {index: record.shape(index) for index, record in records.items()}
         slot = self.arena.reserve(list(shapes.values()))
         for index, record in records.items():
             if shapes[index].shares == -1:
-                tensors = {name: to_device(data) for name, data in record.tensors().items()}
+                tensors = {name: to_device(data, self.device) for name, data in record.tensors().items()}
                 self.repack_tensors(slot, index, shapes[index], tensors)
         self.publish(slot)
         return slot
@@ -76,8 +121,8 @@ class DeviceArena:
     def repack_tensors(self, slot: int, index: int, shape: Record, tensors: Mapping[str, torch.Tensor]) -> None:
         """File-order tensors, by the name of their field in RepackArgs, into a reserved slot."""
         arguments = self.repack_arguments(slot, index, shape, tensors)
-        self.library.repack(arguments, torch.cuda.current_stream().cuda_stream)
-        torch.cuda.synchronize()  # the tensors may go
+        self.library.repack(arguments, self.stream)
+        self.synchronize()  # the tensors may go
 
     def repack_arguments(self, slot: int, index: int, shape: Record, tensors: Mapping[str, torch.Tensor]) -> RepackArgs:
         """The call that repacks tensors, which the caller keeps alive."""
@@ -92,12 +137,12 @@ class DeviceArena:
     def publish(self, slot: int) -> None:
         """Commits a slot and copies its directory rows."""
         self.arena.commit(slot)
-        self.directory[:, slot] = torch.tensor(self.arena.directory_rows(slot)).cuda()
+        self.directory[:, slot] = torch.tensor(self.arena.directory_rows(slot), device=self.device)
 
     def evict(self, slot: int) -> None:
         """Zeroes the directory rows and frees the slot."""
         self.directory[:, slot] = 0
-        torch.cuda.synchronize()
+        self.synchronize()
         self.arena.evict(slot)
 
     def batch(self, slots: torch.Tensor, dtype: torch.dtype, *, by_address: bool = False) -> Batch:
@@ -122,10 +167,10 @@ class Step:
 
     def __init__(self, arena: DeviceArena, slots: torch.Tensor, *, chunk: int = 0) -> None:
         self.arena = arena
-        self.slots = slots.to(device="cuda", dtype=torch.int32)
+        self.slots = placed(slots.to(dtype=torch.int32), arena.device)
         self.chunk = chunk
         size = arena.library.plan_bytes(len(slots))
-        self.plan = torch.full((size,), 0x5A, dtype=torch.uint8, device="cuda")
+        self.plan = poisoned(size, 0x5A, arena.device)
 
     def make_plan(self) -> None:
         """Groups the tokens."""
@@ -136,7 +181,7 @@ class Step:
             self.plan.data_ptr(),
             self.plan.numel(),
             chunk=self.chunk,
-            stream=torch.cuda.current_stream().cuda_stream,
+            stream=self.arena.stream,
         )
 
     def product(self, x: torch.Tensor, outputs: Sequence[tuple[int, torch.Tensor]]) -> tuple[Gemm, torch.Tensor]:
@@ -162,7 +207,7 @@ class Step:
         for place, (index, y) in enumerate(outputs):
             out_offset = arena.arena.parameters[index].out_offset
             gemm.slices[place] = Slice(index, y.shape[1], out_offset, y.data_ptr(), y.stride(0))
-        workspace = torch.full((arena.library.workspace_bytes(gemm),), 0xFF, dtype=torch.uint8, device="cuda")
+        workspace = poisoned(arena.library.workspace_bytes(gemm), 0xFF, arena.device)
         gemm.workspace = workspace.data_ptr()
         gemm.workspace_bytes = workspace.numel()
         return gemm, workspace
@@ -171,5 +216,6 @@ class Step:
         """Plans and multiplies on the current stream."""
         self.make_plan()
         gemm, workspace = self.product(x, outputs)
-        self.arena.library.delta_gemm(gemm, torch.cuda.current_stream().cuda_stream)
-        workspace.record_stream(torch.cuda.current_stream())
+        self.arena.library.delta_gemm(gemm, self.arena.stream)
+        if workspace.is_cuda:
+            workspace.record_stream(torch.cuda.current_stream())
