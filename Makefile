@@ -52,7 +52,7 @@ examples: $(READY)  ## run the examples
 lint: $(READY)  ## style and spelling
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
-	@$(BIN)/clang-format --dry-run --Werror cuda/src/* cuda/include/* runtime_plugin/trt/plugin/*.h runtime_plugin/trt/plugin/*.cc examples/engine_cpp/*.cc
+	@$(BIN)/clang-format --dry-run --Werror cuda/src/* cuda/include/* tests/cuda/emulation/* runtime_plugin/trt/plugin/*.h runtime_plugin/trt/plugin/*.cc examples/engine_cpp/*.cc
 	@$(BIN)/codespell
 
 # mypy knows packages by their path, so the rooms are shown to it where they live inside the package.

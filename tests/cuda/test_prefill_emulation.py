@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Prefill's kernels emulated on the CPU against float64: what can be known of them where there is no GPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from delta_gemm_case import PRESET, TOLERANCE, Case, check
+from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record
+from device_arena import DeviceArena, Step, placed
+from emulated_library import build_emulated, cuda_headers
+from factored_records import RandomBand, RandomRecord
+
+DENSE = 133  # tokens of a slot: a tile and a few. Slots of fewer than 128 are decode's, which is not emulated
+ALL_WIDTHS = ((16, 3), (8, 9), (4, 17), (3, 33), (2, 40), (1, 21), (16, 19), (2, 1))
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Library:
+    """Compiled here, in twenty seconds of a CPU."""
+    if not shutil.which("c++") or cuda_headers() is None:
+        pytest.skip("needs a C++ compiler and CUDA's headers")
+    return Library(build_emulated())
+
+
+def one_tenant(**sizes: object) -> Case:
+    """Tokens of one tenant alone."""
+    return Case(**{"tokens": DENSE, "tenants": 1, "slots": [0] * DENSE, "chunk": 128, "in_features": 256} | sizes)
+
+
+CASES = {
+    "preset": one_tenant(),
+    "preset bf16": one_tenant(dtype="bfloat16"),
+    "two tenants and the base": Case(
+        tokens=420, tenants=2, slots=[0, 1, 0, 1, -1, 1] * 70, chunk=128, in_features=256, outs=(300, 77)
+    ),
+    "two tiles of tokens an item": one_tenant(tokens=300, slots=[0] * 300, outs=(700,)),
+    "odd sizes": one_tenant(in_features=331, outs=(77, 5), bands=(RandomBand(3, 5), RandomBand(2, 3))),
+    "odd shard": one_tenant(in_features=300, outs=(100,), group_offsets=(37, 21)),
+    "misaligned x": one_tenant(outs=(128,), x_gap=3),
+    "input in parts": one_tenant(in_features=4096, outs=(128,), bands=(RandomBand(8, 2), RandomBand(2, 50))),
+    "rank 500": one_tenant(outs=(256,), bands=(*PRESET[:2], RandomBand(2, 466))),
+    "eight bands": one_tenant(bands=tuple(RandomBand(bits, rank) for bits, rank in ALL_WIDTHS)),
+    "codebooks": one_tenant(bands=tuple(RandomBand(bits, 21, "codebook") for bits in (1, 2, 3, 4, 8))),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_prefill_matches_float64(emulated, name):
+    check(emulated, CASES[name], "cpu")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gated_loras_match_float64(emulated, dtype):
+    """Each band is an expert with a weight of its own for every token."""
+    rng = np.random.default_rng(0)
+    ranks, shape = (64, 9, 33), (130, 256)
+    drawn = RandomRecord.draw(rng, shape, tuple(RandomBand(16, rank) for rank in ranks))
+
+    class Experts:
+        def shape(self, parameter: int) -> Record:
+            return Record.lora(parameter, ranks)
+
+        def tensors(self) -> dict[str, bytes]:
+            return drawn.tensors()
+
+    parameters = [Parameter(ParameterKind.LINEAR, shape[1], shape[0], 0, 0)]
+    arena = DeviceArena(emulated, parameters, slots=1, size=4 << 20, max_rank=sum(ranks), device="cpu")
+    assert arena.add({0: Experts()}) == 0
+    kind = getattr(torch, dtype)
+    x = placed(torch.from_numpy(rng.standard_normal((DENSE, shape[1]))).to(kind), "cpu")
+    y = placed(torch.zeros((DENSE, shape[0]), dtype=kind), "cpu")
+    weights = placed(torch.from_numpy(rng.standard_normal((DENSE, 8))).float(), "cpu")
+    step = Step(arena, torch.zeros(DENSE), chunk=128)
+    step.make_plan()
+    gemm, _workspace = step.product(x, [(0, y)])
+    gemm.weights, gemm.weights_stride = weights.data_ptr(), weights.stride(0)
+    emulated.gated_lora(gemm)
+
+    of_ranks = np.repeat(weights.double().numpy()[:, : len(ranks)], ranks, axis=1)
+    h = x.double().numpy() @ drawn.v.values.T * drawn.sigma * of_ranks
+    expected = h @ drawn.u.values
+    assert np.linalg.norm(y.double().numpy() - expected) < TOLERANCE[dtype] * np.linalg.norm(expected)

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""libdeltaweave whose prefill and repack kernels run on the CPU, for tests where there is no GPU.
+
+The sources of `cuda/src` are compiled as C++ with the language of `cuda/emulation/device.h`, after what only a GPU can
+do was replaced by its meaning. Kernels of decode do nothing. What this cannot show: races that take two threads at the
+same time, copies that arrive late, and speed.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+__all__ = ["build_emulated", "cuda_headers"]
+
+ROOT = Path(__file__).parents[1]
+BUILD = ROOT / "build" / "emulated"
+SOURCES = ROOT / "cuda" / "src"
+EMULATION = Path(__file__).parent / "cuda" / "emulation"
+KERNELS = ("delta_gemm", "plan", "prefill_gemm", "prefill_images", "repack", "repack_blocks", "repack_numbers")
+HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "no_cuda")
+# An instruction by its first words, a file, and C++ that means the same.
+INSTRUCTIONS = (
+    ("fragment.cuh", "mma.sync", ""),  # of decode and of other GPUs
+    ("fragment.cuh", "lop3", "selected = (bits & mask) | exponent;"),
+    ("prefill_item.cuh", "bar.sync", "emulation::wait_at(1, 32 * kConsumers);"),
+    ("prefill_stage2.cuh", "prefetch", ""),
+    ("prefill_stage2.cuh", "red.global.add.noftz.f16x2", "to[0] = add(to[0], first), to[1] = add(to[1], second);"),
+    ("prefill_stage2.cuh", "red.global.add.noftz.bf16x2", "to[0] = add(to[0], first), to[1] = add(to[1], second);"),
+    ("prefill_stage2.cuh", "mad.wide.u32", "address = reinterpret_cast<uint64_t>(y) + uint64_t{pitch} * row;"),
+    ("step.cuh", "prefetch", ""),
+)
+
+
+def build_emulated() -> Path:
+    """Compiles the library if its sources have changed; of pytest's processes the first does, and the others wait."""
+    made_of = sorted((*SOURCES.iterdir(), *EMULATION.iterdir(), Path(__file__)))
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in made_of)).hexdigest()[:16]
+    BUILD.mkdir(parents=True, exist_ok=True)
+    with (BUILD / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        library = BUILD / f"libdeltaweave_{digest}.so"
+        if not library.exists():
+            for old in BUILD.glob("libdeltaweave_*.so"):
+                old.unlink()
+            with tempfile.TemporaryDirectory(dir=BUILD) as folder:
+                _compile(Path(folder)).replace(library)
+    return library
+
+
+def _compile(folder: Path) -> Path:
+    shutil.copytree(SOURCES, folder, dirs_exist_ok=True)
+    for name in ("stages.cuh", "products.cuh", "device.cc"):
+        shutil.copy(EMULATION / name, folder)
+    _rewrite(folder)
+    compile_one = ["c++", "-std=c++20", "-O2", "-w", "-fPIC", "-fvisibility=hidden", "-DDW_BUILDING", "-DDW_WGMMA=1"]
+    compile_one += [f"-I{path}" for path in (ROOT / "cuda" / "include", folder, cuda_headers())]
+    kernel = [*compile_one, "-include", str(EMULATION / "device.h"), "-x", "c++", "-c"]
+    commands = [[*kernel, f"{name}.cu", "-o", f"{name}.o"] for name in KERNELS]
+    commands += [[*kernel, "device.cc", "-o", "device.o"]]
+    commands += [[*compile_one, "-c", f"{name}.cc", "-o", f"{name}.o"] for name in HOST]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in pool.map(lambda command: _run(command, folder), commands):
+            pass
+    objects = [f"{name}.o" for name in (*KERNELS, "device", *HOST)]
+    # no_cuda, the last, has the entry points that are not emulated.
+    library = folder / "libdeltaweave.so"
+    _run(["c++", "-shared", "-Wl,-Bsymbolic,--allow-multiple-definition", *objects, "-o", str(library)], folder)
+    return library
+
+
+def cuda_headers() -> Path | None:
+    """The folder of CUDA's headers, beside nvcc."""
+    nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    for folder in (Path(nvcc).resolve().parents[1], Path("/usr/local/cuda")):
+        if (folder / "include" / "cuda_runtime.h").is_file():
+            return folder / "include"
+    return None
+
+
+def _run(command: list[str], folder: Path) -> None:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+
+
+def _rewrite(folder: Path) -> None:
+    def edit(name: str, pattern: str, by: str | Callable[[re.Match[str]], str]) -> None:
+        path = folder / name
+        text, count = re.subn(pattern, by, path.read_text(), flags=re.DOTALL)
+        assert count > 0, f"{name} has nothing like {pattern!r} any more: what does it do now?"
+        path.write_text(text)
+
+    for name, start, meaning in INSTRUCTIONS:
+        edit(name, rf'asm ?(?:volatile)?\(\s*"{re.escape(start)}.*?\);\n', meaning + "\n")
+    edit("ring.cuh", r"#if defined\(__CUDA_ARCH__\).*?#endif\n", "")  # a warp's ring, of decode
+    edit("prefill.cuh", r"#if DW_WGMMA\n.*#endif\n(?=\n}  // namespace prefill)", '#include "products.cuh"\n')
+    edit("prefill_gemm.cu", r"extern __shared__ [^;]*;", "unsigned char* memory = emulation::shared_memory;")
+    # Launches.
+    started = "emulation::launch(grid.x, threads, [&] { kernel(arguments...); });\n  return cudaSuccess;\n"
+    too_much = "if (shared_bytes > emulation::kSharedBytes) return cudaErrorInvalidValue;\n  "
+    edit("step.cuh", r"cudaError_t error =\s+cudaFuncSetAttribute.*?cudaLaunchKernelEx[^\n]*\n", too_much + started)
+    for name in ("plan.cu", "repack_blocks.cu", "repack_numbers.cu"):
+        edit(name, r"(\w+)<<<(.*?), (\w+), 0, stream>>>\((.*?)\);", r"emulation::launch(\2, \3, [&] { \1(\4); });")
