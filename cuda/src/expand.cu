@@ -113,12 +113,13 @@ __device__ __forceinline__ Unit unit_at(const Gemm& gemm, int64_t item, int64_t 
   return unit;
 }
 
-// Lists an item's steps, a thread a share; returns how many steps.
+// Lists an item's steps, a thread a share; returns how many steps. The shares of a band are dealt
+// on from the warp that got none of the last band's last step, so that no warp works much more.
 template <int kTeam, int kTeams>
 __device__ __forceinline__ int list_steps(const Gemm& gemm, const Unit& unit,
                                           Shared<kTeam, kTeams>& shared) {
   const Shapes shapes = load_shapes(unit.row);
-  int done = 0, h_start = 0;
+  int done = 0, h_start = 0, dealt = 0;
 #pragma unroll
   for (int b = 0; b < DW_MAX_BANDS; ++b) {
     if (shapes.of[b] == 0) break;
@@ -127,19 +128,19 @@ __device__ __forceinline__ int list_steps(const Gemm& gemm, const Unit& unit,
     const int steps = ceil_div(blocks, size);
     const int64_t* fields = unit.row + DW_FIELD_BANDS + b * DW_BAND_FIELDS;
     for (int i = threadIdx.x; i < steps * kTeam; i += blockDim.x) {
-      const int step = i / kTeam, member = i % kTeam, whole = whole_block_bytes(bits);
+      const int step = i / kTeam, place = i % kTeam, whole = whole_block_bytes(bits);
       const int first = step * size, stop = min(first + size, blocks);
       const int left = min(rank - (stop - 1) * block_ranks(bits), block_ranks(bits));
-      if (member == 0) {
+      if (place == 0) {
         const int bytes = (stop - first - 1) * whole + u_block_bytes(bits, left);
         shared.steps[done + step] = {gemm.arena + fields[DW_BAND_U] + first * whole,
                                      u_group_bytes(bits, rank), bytes};
       }
-      const int each = ceil_div(stop - first, kTeam), own = first + member * each;
+      const int each = ceil_div(stop - first, kTeam), own = first + place * each;
       const int count = max(0, min(each, stop - own));
       const bool last = own + count == stop;
-      Share& share = shared.shares[member][done + step];
-      share.at = static_cast<uint16_t>(member * each * whole / 16);
+      Share& share = shared.shares[(dealt + place) % kTeam][done + step];
+      share.at = static_cast<uint16_t>(place * each * whole / 16);
       share.h_index = static_cast<uint16_t>(h_start + own * block_ranks(bits));
       share.bits = static_cast<uint8_t>(bits);
       share.levels = band_grid(shapes.of[b]) == DW_GRID_CODEBOOK;
@@ -147,6 +148,8 @@ __device__ __forceinline__ int list_steps(const Gemm& gemm, const Unit& unit,
       share.blocks = static_cast<uint8_t>(count);
       share.quads = static_cast<uint8_t>(ceil_div(last ? left : block_ranks(bits), 4));
     }
+    const int rest = blocks % size;  // of the last step
+    if (rest > 0) dealt += ceil_div(rest, ceil_div(rest, kTeam));
     done += steps;
     h_start += padded_rank(rank);
   }
@@ -177,8 +180,8 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
       const int quad = threadIdx.x + i * kThreads;
-      if (quad >= quads) break;
-      const float4 v = h_quad(gemm, unit.slice, unit.chunk.y + token, quad, gemm.tiles);
+      float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
+      if (quad < quads) v = h_quad(gemm, unit.slice, unit.chunk.y + token, quad, gemm.tiles);
       if (token == 0) kept[i] = v;
       largest = fmaxf(largest, largest_of(v));
     }

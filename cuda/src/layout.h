@@ -129,7 +129,7 @@ constexpr int kImageTileBytes = 128 * 64 * 2;
 
 // In decode stage 1 cuts a row of in_features into tiles of at most kTileGroups groups, all of one
 // size but the last.
-constexpr int kTileGroups = 32;
+constexpr int kTileGroups = 16;
 DW_HD int tile_groups(int in_groups) {
   return ceil_div(in_groups, ceil_div(in_groups, kTileGroups));
 }

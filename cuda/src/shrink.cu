@@ -10,15 +10,16 @@
 // Roofline: bytes. A tenant's V^ is read once from memory for up to 8 tokens; 2 * rank * in *
 // tokens flops are nothing beside it. What must be avoided is the integer pipe: see fragment.cuh.
 //
-// A tile is at most 32 groups of 128 features; how a row is cut depends on in_features alone. The
+// A tile is at most 16 groups of 128 features; how a row is cut depends on in_features alone. The
 // groups of a tile go to the 8 warps of a block of threads in turn; each keeps its part of x in
-// registers, as the operand of the tensor core's 8 columns, while one block of 16 ranks (the 16-row
-// operand) after another streams through stages that all warps share (stages.cuh; a block's groups
-// are contiguous). Per group P = sum of biased codes * x, where the sum starts at minus what the
-// biases contribute, D; with S = sum of x, a block's sum is acc += scale * (P - zero * S). D and S
-// come from one more product a group, with the biases in rows 0-7 and ones in rows 8-15, when x or
-// the bit width changes. Every four blocks of ranks the warps meet and add their sums in warp
-// order. So a token's bits depend on nothing but its slot and x.
+// registers, as the operand of the tensor core's 8 columns, while blocks of 16 ranks (the 16-row
+// operand) stream through stages that all warps share (stages.cuh; a block's groups are
+// contiguous). Of 1 and 2 bits a warp works on two groups of two blocks at a time: four products
+// that do not wait for each other. Per group P = sum of biased codes * x, where the sum starts at
+// minus what the biases contribute, D; with S = sum of x, a block's sum is acc += scale * (P - zero
+// * S). D and S come from one more product a group, with the biases in rows 0-7 and ones in rows
+// 8-15, when x or the bit width changes. Every four blocks of ranks the warps meet and add their
+// sums in warp order. So a token's bits depend on nothing but its slot and x.
 //
 // The launch's work, all blocks of ranks of every (tokens of one tenant, slice, tile), is cut into
 // equal runs, one a block of threads; a run is worked off in batches whose steps are listed first.
@@ -37,18 +38,19 @@ constexpr int kTeamThreads = 32 * kTeam;
 constexpr int kResident = 2;  // blocks of threads a multiprocessor
 constexpr int kWarpGroups = kTileGroups / kTeam;
 constexpr int kStages = 3;
-constexpr int kStageBytes = 8 * 2304;  // 32 groups of 2 bits
+constexpr int kStageBytes = 8 * 2304;  // 32 blocks of 2 bits
 constexpr int kTokens = 8;
 constexpr int kBatch = 4;            // blocks of ranks between two meetings
 constexpr int kTokenPitch = 16 + 4;  // floats between tokens of a partial sum: no bank conflicts
 constexpr int kUnits = 4;            // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
-constexpr int kBlocks = 64;  // of ranks, of a batch
+constexpr int kBlocks = 192;  // of ranks, of a batch
 constexpr int kSteps = kBlocks * kWarpGroups;
 constexpr uint32_t kOnes = 0x3c003c00u;
 
-// Groups of a block of ranks that one stage holds, a warp.
-DW_HD constexpr int groups_a_step(int bits) { return bits <= 2 ? 4 : bits <= 4 ? 2 : 1; }
+// What one stage holds, a warp: groups of 128 features of one block of ranks or of two.
+DW_HD constexpr int groups_a_step(int bits) { return bits <= 4 ? 2 : 1; }
+DW_HD constexpr int blocks_a_step(int bits) { return bits <= 2 ? 2 : 1; }
 static_assert(4 * whole_block_bytes(2) * kTeam <= kStageBytes &&
                   2 * whole_block_bytes(4) * kTeam <= kStageBytes &&
                   kMaxBlockBytes * kTeam <= kStageBytes,
@@ -63,6 +65,7 @@ struct Segment {
   int order, tokens;       // first token in plan order, count
   int unit, tile;
   int first, last;  // blocks
+  int pairs;        // of them that share a step
   int rank;         // of the band
   int bits;
   int first_group, groups;  // of the tile
@@ -70,10 +73,11 @@ struct Segment {
   bool codebook;
 };
 
-// What one stage holds.
-struct Step {
+// What one stage holds: groups of a block of ranks and, if `next` is not 0, of the block that lies
+// so many bytes further.
+struct __align__(16) Step {
   const unsigned char* from;
-  int bytes;
+  int bytes, next;
 };
 
 struct Shared {
@@ -132,7 +136,11 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64
   segment.first_group = segment.tile * gemm.tile_groups;
   segment.groups = min(gemm.tile_groups, gemm.in_groups - segment.first_group);
   segment.steps = ceil_div(ceil_div(segment.groups, kTeam), groups_a_step(segment.bits));
-  const int steps = valid ? (segment.last - segment.first) * segment.steps : 0;
+  // A band's last block may be a shorter one, which shares no step.
+  const int whole = min(segment.last, segment.rank / block_ranks(segment.bits)) - segment.first;
+  segment.pairs = blocks_a_step(segment.bits) == 2 ? max(whole, 0) / 2 : 0;
+  const int turns = segment.last - segment.first - segment.pairs;
+  const int steps = valid ? turns * segment.steps : 0;
   int stop = steps;  // inclusive sum over the segments
 #pragma unroll
   for (int step = 1; step < 32; step *= 2) {
@@ -164,7 +172,8 @@ __device__ __forceinline__ void list_steps(const Gemm& gemm, Shared& shared) {
     while (s + 1 < shared.segment_count && shared.segments[s + 1].first_step <= index) ++s;
     const Segment& segment = shared.segments[s];
     const int bits = segment.bits, place = index - segment.first_step;
-    const int block = segment.first + place / segment.steps;
+    const int turn = place / segment.steps;
+    const int block = segment.first + turn + min(turn, segment.pairs);
     const int first = place % segment.steps * groups_a_step(bits) * kTeam;
     const int count = min(groups_a_step(bits) * kTeam, segment.groups - first);
     const bool last = block == block_count(bits, segment.rank) - 1;
@@ -172,7 +181,7 @@ __device__ __forceinline__ void list_steps(const Gemm& gemm, Shared& shared) {
     const int bytes = last ? v_block_bytes(bits, last_block_ranks(bits, segment.rank)) : whole;
     shared.steps[index] = {segment.v + static_cast<int64_t>(block) * gemm.in_groups * whole +
                                static_cast<int64_t>(segment.first_group + first) * bytes,
-                           count * bytes};
+                           count * bytes, turn < segment.pairs ? gemm.in_groups * whole : 0};
   }
 }
 
@@ -213,50 +222,61 @@ struct Place {
   }
 };
 
-// acc += the warp's part of kCount groups from `first` on, of one block of ranks. Groups are worked
-// on together, so that no product waits for the one before it.
-template <int kBits, bool kLevels, int kCount>
-__device__ __forceinline__ void add_groups(float (&acc)[4], const unsigned char* codes,
-                                           const Place& place, const Columns& x, int first,
-                                           const float4* bias, const float2* sum,
+// acc[b] += the warp's part of kCount groups from `first` on, of kRankBlocks blocks of ranks that
+// lie `jump` bytes apart. All are worked on together, so that no product waits for the one before
+// it.
+template <int kBits, bool kLevels, int kRankBlocks, int kCount>
+__device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][4], const unsigned char* codes,
+                                           int jump, const Place& place, const Columns& x,
+                                           int first, const float4* bias, const float2* sum,
                                            const __half* levels) {
   const int stride = kTeam * place.bytes;  // between groups of a warp
-  uint32_t words[kCount][2 * kBits];
-  float product[kCount][4] = {};
+  uint32_t words[kRankBlocks][kCount][2 * kBits];
+  float product[kRankBlocks][kCount][4] = {};
 #pragma unroll
-  for (int g = 0; g < kCount; ++g) {
-    load_words<kBits>(words[g], codes + g * stride, place.lane, place.lanes);
-    if constexpr (kBiased<kBits, kLevels>) {
-      const float4 start = bias[4 * g];
-      product[g][0] = start.x;
-      product[g][1] = start.y;
-      product[g][2] = start.z;
-      product[g][3] = start.w;
+  for (int b = 0; b < kRankBlocks; ++b) {
+#pragma unroll
+    for (int g = 0; g < kCount; ++g) {
+      load_words<kBits>(words[b][g], codes + b * jump + g * stride, place.lane, place.lanes);
+      if constexpr (kBiased<kBits, kLevels>) {
+        const float4 start = bias[4 * g];
+        product[b][g][0] = start.x;
+        product[b][g][1] = start.y;
+        product[b][g][2] = start.z;
+        product[b][g][3] = start.w;
+      }
     }
   }
 #pragma unroll
   for (int f = 0; f < 8; ++f) {
 #pragma unroll
-    for (int g = 0; g < kCount; ++g) {
-      uint32_t a[4];
-      fragment<kBits, kLevels>(a, words[g], f, levels);
-      const uint2 columns = x.columns(first + g, f);
-      multiply(product[g], a, columns.x, columns.y);
+    for (int b = 0; b < kRankBlocks; ++b) {
+#pragma unroll
+      for (int g = 0; g < kCount; ++g) {
+        uint32_t a[4];
+        fragment<kBits, kLevels>(a, words[b][g], f, levels);
+        const uint2 columns = x.columns(first + g, f);
+        multiply(product[b][g], a, columns.x, columns.y);
+      }
     }
   }
 #pragma unroll
-  for (int g = 0; g < kCount; ++g) {
-    if constexpr (kBits == 16) {
+  for (int b = 0; b < kRankBlocks; ++b) {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) acc[j] += product[g][j];
-    } else {
-      const uint2 grid = *reinterpret_cast<const uint2*>(codes + g * stride + place.grid);
-      const float2 low = __half22float2(pair_of(grid.x)), high = __half22float2(pair_of(grid.y));
-      const float2 s = kBiased<kBits, kLevels> ? sum[4 * g] : make_float2(0.f, 0.f);
-      acc[0] = fmaf(low.x, fmaf(-low.y, s.x, product[g][0]), acc[0]);
-      acc[1] = fmaf(low.x, fmaf(-low.y, s.y, product[g][1]), acc[1]);
-      acc[2] = fmaf(high.x, fmaf(-high.y, s.x, product[g][2]), acc[2]);
-      acc[3] = fmaf(high.x, fmaf(-high.y, s.y, product[g][3]), acc[3]);
+    for (int g = 0; g < kCount; ++g) {
+      if constexpr (kBits == 16) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) acc[b][j] += product[b][g][j];
+      } else {
+        const uint2 grid =
+            *reinterpret_cast<const uint2*>(codes + b * jump + g * stride + place.grid);
+        const float2 low = __half22float2(pair_of(grid.x)), high = __half22float2(pair_of(grid.y));
+        const float2 s = kBiased<kBits, kLevels> ? sum[4 * g] : make_float2(0.f, 0.f);
+        acc[b][0] = fmaf(low.x, fmaf(-low.y, s.x, product[b][g][0]), acc[b][0]);
+        acc[b][1] = fmaf(low.x, fmaf(-low.y, s.y, product[b][g][1]), acc[b][1]);
+        acc[b][2] = fmaf(high.x, fmaf(-high.y, s.x, product[b][g][2]), acc[b][2]);
+        acc[b][3] = fmaf(high.x, fmaf(-high.y, s.y, product[b][g][3]), acc[b][3]);
+      }
     }
   }
 }
@@ -286,8 +306,12 @@ struct Run {
     const Step next = shared.steps[step + ahead];
     const Turn<kStages> to = turn.ahead(ahead);
     shared.stages.wait_empty(to);
-    shared.stages.expect(to, next.bytes);
-    shared.stages.copy_wide(to, shared.stage[to.place], next.from, next.bytes);
+    unsigned char* stage = shared.stage[to.place];
+    shared.stages.expect(to, next.next == 0 ? next.bytes : 2 * next.bytes);
+    shared.stages.copy_wide(to, stage, next.from, next.bytes);
+    if (next.next != 0) {
+      shared.stages.copy_wide(to, stage + next.bytes, next.from + next.next, next.bytes);
+    }
     shared.stages.close(to);
   }
 
@@ -325,52 +349,51 @@ struct Run {
 
   template <int kBits, bool kLevels>
   __device__ __forceinline__ void blocks(const Segment& segment) {
-    constexpr int kStep = groups_a_step(kBits);
     const int tail = block_count(kBits, segment.rank) - 1, last = segment.last;
     const int groups = max(0, ceil_div(segment.groups - warp, kTeam));  // this warp's
-    const int all = ceil_div(segment.groups, kTeam);                    // the first warp's
     Place place(block_ranks(kBits), kBits);
-    for (int block = segment.first; block < last; ++block) {
-      if (block == tail) place = Place(last_block_ranks(kBits, segment.rank), kBits);
-      const int bytes = place.bytes;
-      float acc[4] = {};
-#pragma unroll
-      for (int start = 0; start < kWarpGroups; start += kStep) {
-        if (start >= all) break;
-        if (warp == step % kTeam) fill(kStages - 1);
-        shared.stages.wait_full(turn);
-        const unsigned char* codes = shared.stage[turn.place] + warp * bytes;
-        const int left = groups - start;
-        const auto add = [&]<int kFirst, int kCount>() {
-          add_groups<kBits, kLevels, kCount>(
-              acc, codes + kFirst * kTeam * bytes, place, x, start + kFirst,
-              &shared.bias[warp][start + kFirst][lane % 4],
-              &shared.sum[warp][start + kFirst][lane % 4], segment.levels);
-        };
-        if constexpr (kStep == 4) {
-          if (left >= 4) {
-            add.template operator()<0, 2>();
-            add.template operator()<2, 2>();
-          } else {
-            if (left > 0) add.template operator()<0, 1>();
-            if (left > 1) add.template operator()<1, 1>();
-            if (left > 2) add.template operator()<2, 1>();
-          }
-        } else if constexpr (kStep == 2) {
-          if (left >= 2) {
-            add.template operator()<0, 2>();
-          } else if (left > 0) {
-            add.template operator()<0, 1>();
-          }
-        } else {
-          if (left > 0) add.template operator()<0, 1>();
-        }
-        shared.stages.release(turn);
-        turn.next();
-        ++step;
+    int block = segment.first;
+    if constexpr (blocks_a_step(kBits) == 2) {
+      for (int pair = 0; pair < segment.pairs; ++pair, block += 2) {
+        float acc[2][4] = {};
+        step_of<kBits, kLevels>(acc, segment, place, groups, 0);
+        keep(acc[0], segment, block);
+        keep(acc[1], segment, block + 1);
       }
-      keep(acc, segment, block);
     }
+    for (; block < last; ++block) {
+      if (block == tail) place = Place(last_block_ranks(kBits, segment.rank), kBits);
+      float acc[1][4] = {};
+#pragma unroll
+      for (int start = 0; start < kWarpGroups; start += groups_a_step(kBits)) {
+        if (start * kTeam >= segment.groups) break;
+        step_of<kBits, kLevels>(acc, segment, place, groups, start);
+      }
+      keep(acc[0], segment, block);
+    }
+  }
+
+  // Adds what the next stage holds, the warp's groups from `start` on.
+  template <int kBits, bool kLevels, int kRankBlocks>
+  __device__ __forceinline__ void step_of(float (&acc)[kRankBlocks][4], const Segment& segment,
+                                          const Place& place, int groups, int start) {
+    if (warp == step % kTeam) fill(kStages - 1);
+    shared.stages.wait_full(turn);
+    const unsigned char* codes = shared.stage[turn.place] + warp * place.bytes;
+    const auto add = [&]<int kCount>() {
+      add_groups<kBits, kLevels, kRankBlocks, kCount>(
+          acc, codes, segment.groups * place.bytes, place, x, start,
+          &shared.bias[warp][start][lane % 4], &shared.sum[warp][start][lane % 4], segment.levels);
+    };
+    const int left = groups - start;
+    if (groups_a_step(kBits) == 2 && left >= 2) {
+      add.template operator()<groups_a_step(kBits)>();
+    } else if (left > 0) {
+      add.template operator()<1>();
+    }
+    shared.stages.release(turn);
+    turn.next();
+    ++step;
   }
 
   // Lays a block's sums out as [token, rank] for the meeting.
