@@ -76,7 +76,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 RATIOS = (16, 32, 8, 64)
 SEQUENCE_LENGTH = 256
-BATCH = 512
+BATCH = 1024
 
 
 def main() -> None:
@@ -273,17 +273,18 @@ class FineTune:
 
     def _score(self, model: Any) -> dict[str, Any]:
         lab = self.lab
+        asked = {part: self._tests(part == "held_out") for part in ("seen", "held_out")}
+        every = [item for tests in asked.values() for item in tests]
+        right: list[bool] = []
+        for start in range(0, len(every), BATCH):
+            chunk = every[start : start + BATCH]
+            answers = replies(model, lab.tokenizer, [item.prompt for item in chunk], lab.new_tokens)
+            right += [a.strip() == item.completion.strip() for a, item in zip(answers, chunk, strict=True)]
         scores: dict[str, Any] = {}
-        for part, held_out in (("seen", False), ("held_out", True)):
-            tests = self._tests(held_out)
-            right: list[bool] = []
-            for start in range(0, len(tests), BATCH):
-                chunk = tests[start : start + BATCH]
-                answers = replies(model, lab.tokenizer, [item.prompt for item in chunk], lab.new_tokens)
-                right += [a.strip() == item.completion.strip() for a, item in zip(answers, chunk, strict=True)]
-            scores[part] = sum(right) / len(right)
-            scores[f"{part}_right"] = bits_of(right)
-        tests = [encode(item, lab.tokenizer) for item in self._tests(True)]
+        for part, found in (("seen", right[: len(asked["seen"])]), ("held_out", right[len(asked["seen"]) :])):
+            scores[part] = sum(found) / len(found)
+            scores[f"{part}_right"] = bits_of(found)
+        tests = [encode(item, lab.tokenizer) for item in asked["held_out"]]
         answers, prompts = score_answers(self.tuned, model, tests)
         return {
             **scores,
