@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from deltaweave.converter.errors import RecipeError
-from deltaweave.converter.quantize import GridFit, round_to_nearest
+from deltaweave.converter.quantize import GridFit, nearest
 from deltaweave.converter.recipe import BandPlan
 from deltaweave.converter.svd import Factors
 from deltaweave.formats import Band, factored_bytes
@@ -284,7 +284,7 @@ def _rounding_energy(
     """`_energy` of what rounding does to every row."""
     energies = []
     for piece in rows.split(ROWS):
-        rounded = round_to_nearest(piece, torch.full((len(piece),), width), group_size, fit).values
+        _, _, rounded = nearest(piece, width, group_size, fit)
         energies.append(_energy(piece - rounded, moment))
     return torch.cat(energies) if energies else rows.new_empty(0).double()
 

@@ -23,9 +23,9 @@ from deltaweave.formats import Record
 
 __all__ = ["LayerCompression"]
 
-# How often a layer's input is made durable. A layer takes minutes on the CPU and two seconds on a GPU: too few to write
-# 2 or 4 GB in, and less than a resumed run is willing to repeat.
-SECONDS_BETWEEN_SAVES = {"cpu": 0.0, "cuda": 40.0}
+# How often a layer's input is made durable. A layer takes minutes on the CPU and two seconds on a GPU: less than a
+# resumed run is willing to repeat, and too few to write 4 GB in, for whose seven seconds all else waits.
+SECONDS_BETWEEN_SAVES = {"cpu": 0.0, "cuda": 120.0}
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ __all__ = [
     "VectorsAsColumns",
     "VectorsAsRows",
     "bits_of_ranks",
+    "nearest",
     "pack_octets",
     "round_to_nearest",
 ]
@@ -100,17 +101,32 @@ def round_to_nearest(
         if width == 16:
             result.values[rows] = vectors[rows].half().float()
             continue
-        grid = _fit_grid(
-            _grouped(vectors[rows], group_size),
-            _group_lengths(vectors.shape[1], group_size, vectors.device),
-            width,
-            fit,
-        )
-        scale, zero = _per_value(grid, vectors.shape[1], group_size)
-        codes = _encode(vectors[rows], scale, zero, (1 << width) - 1)
-        result.codes[rows], result.grid[rows] = codes.to(torch.uint8), grid
-        result.values[rows] = scale * (codes - zero)
+        codes, result.grid[rows], result.values[rows] = nearest(vectors[rows], width, group_size, fit)
+        result.codes[rows] = codes.to(torch.uint8)
     return result
+
+
+def nearest(
+    vectors: torch.Tensor, width: int, group_size: int, fit: GridFit = "min-max"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rounds vectors to grids of one width; nothing waits for a GPU.
+
+    Args:
+        vectors: [rank, length] float32.
+        width: bits of a code, at most 8.
+        group_size: values per grid.
+        fit: what grids are fitted to.
+
+    Returns:
+        Codes [rank, length] float32, grids [rank, groups, 2] float16, and values [rank, length] float32.
+    """
+    length = vectors.shape[1]
+    groups = _grouped(vectors, group_size)
+    grid = _fit_grid(groups, _group_lengths(length, group_size, vectors.device), width, fit)
+    scale, zero = grid.float().unsqueeze(-2).unbind(-1)
+    codes = _encode(groups, scale, zero, (1 << width) - 1)
+    values = scale * (codes - zero)
+    return codes.flatten(-2)[:, :length], grid, values.flatten(-2)[:, :length]
 
 
 class VectorsAsRows:

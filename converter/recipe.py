@@ -86,7 +86,7 @@ class Recipe(BaseModel):
         widths: what `auto` chooses from, beside leaving a vector out.
         sensitivity: what `auto` holds errors against. `fisher`: the change of the model's predictions that they are
             expected to make (`sensitivity.py`); `output`: the projection's output; `weight`: the weights; `balanced`:
-            the geometric mean of `fisher` and `weight`.
+            between `fisher` and `weight`, their geometric mean with two parts of the first.
         overrides: bands for single kinds of projection (`k_proj`: ...); not beside `auto`.
         ratio: budget as a share of 16-bit bytes, scales, zeros and sigma included: of every projection, or with
             `auto` of all together. Bands without a `*` are taken as they are. At most one of this and the next two.
@@ -110,7 +110,7 @@ class Recipe(BaseModel):
     name: str = "custom"
     bands: str
     widths: tuple[int, ...] = (2, 3, 4, 8)
-    sensitivity: Sensitivity = "fisher"
+    sensitivity: Sensitivity = "balanced"
     overrides: dict[str, str] = Field(default_factory=dict)
     ratio: float = Field(default=1 / 16, gt=0, le=1)
     max_bytes: int | None = Field(default=None, gt=0)

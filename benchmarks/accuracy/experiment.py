@@ -65,7 +65,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "optimal, drift not corrected": {"correct_drift": False},
     "optimal, target not corrected": {"correct_target": False, "correct_drift": False},
     "optimal, not unbiased": {"unbiased": False},
-    "optimal, sensitivity balanced": {"sensitivity": "balanced"},
+    "optimal, sensitivity fisher": {"sensitivity": "fisher"},
     "optimal, sensitivity output": {"sensitivity": "output"},
     "optimal, sensitivity weight": {"sensitivity": "weight"},
     "triple, target corrected": {"correct_target": True},

@@ -105,7 +105,10 @@ def digest(path):
 @needs_gpu
 @pytest.mark.parametrize("drift", [False, True])
 def test_errors_are_those_of_the_cpu(pair, tmp_path, text, drift):
-    """A CPU that multiplies no bfloat16 walks in float32: that alone moved an output's error by 2.8 % (on a CPU)."""
+    """Another walk rounds otherwise, and codes with it: emulated on a CPU, bfloat16 moved an error by 2.8 %, and the 11
+    bits that drift is corrected with by 4.8 % (k and v of the first layer).
+    """
+    tolerance = 0.1 if drift else 0.05
     with (
         Delta.open(compress(*pair, tmp_path / "gpu.safetensors", options(text, "cuda", drift))) as there,
         Delta.open(compress(*pair, tmp_path / "cpu.safetensors", options(text, "cpu", drift))) as here,
@@ -114,7 +117,7 @@ def test_errors_are_those_of_the_cpu(pair, tmp_path, text, drift):
         assert there.verify() == []
         for name in (name for name in here.names if name.endswith("_proj.weight")):
             for error, value in here.record(name).quality.items():
-                assert there.record(name).quality[error] == pytest.approx(value, rel=0.05), (name, error)
+                assert there.record(name).quality[error] == pytest.approx(value, rel=tolerance), (name, error)
 
 
 class Killed(BaseException):
