@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,59 +96,84 @@ def print_tables(result: dict[str, Any]) -> None:
 
 
 def save_plots(result: dict[str, Any], stem: Path) -> list[Path]:
-    """`STEM_kl.png` and `STEM_held_out.png`: quality against bytes, a panel a task; seeds are dots."""
+    """Against bytes, a panel a task, a dot a fine-tune, lines through the means of seeds.
+
+    `STEM_kl.png`: KL. `STEM_held_out.png`: share of held-out items lost against the fine-tune, with 95 % intervals.
+    """
     cells, count = result["cells"], result["settings"]["items"]
     shown = {key: cell for key, cell in cells.items() if "1/" in key and "," not in key}
     if not shown:
         return []
-    files = {part: stem.with_name(f"{stem.name}_{part}.png") for part in ("kl", "held_out")}
-    labels = {"kl": "KL to the fine-tune", "held_out": "held-out items right"}
-    for part, file in files.items():
-        _plot(shown, cells, part, labels[part], count, file)
-    return list(files.values())
+    points = [
+        _Point(_task(key), _method(key), _inverse(_kind(key)), cell["ratio"], cell["kl"], *_lost(cells, key, count))
+        for key, cell in shown.items()
+    ]
+    files = [stem.with_name(f"{stem.name}_{part}.png") for part in ("kl", "held_out")]
+    _plot(points, _kl_curve, "KL to the fine-tune", files[0])
+    _plot(points, _lost_curve, "held-out items lost", files[1])
+    return files
 
 
-def _plot(shown: Cells, cells: Cells, part: str, label: str, count: int, path: Path) -> None:
-    tasks, methods = (list(dict.fromkeys(map(of, shown))) for of in (_task, _method))
-    values = [cell[part] for cell in shown.values()]
+@dataclass(frozen=True)
+class _Point:
+    """One cell, as it is drawn."""
+
+    task: str
+    method: str
+    inverse: float
+    ratio: float
+    kl: float
+    lost: float
+    lost_error: float
+
+
+def _plot(points: list[_Point], curve: Callable[..., None], label: str, path: Path) -> None:
+    tasks, methods = (list(dict.fromkeys(getattr(point, of) for point in points)) for of in ("task", "method"))
     with plot_style():
         figure, axes = new_figure(3.2 * len(tasks) + 1, 3.4, len(tasks))
         for axis, task in zip(axes, tasks, strict=True):
             for index, method in enumerate(methods):
-                rows = {key: cell for key, cell in shown.items() if (_task(key), _method(key)) == (task, method)}
-                if rows:
-                    _curve(axis, rows, part, count, index)
-            if part == "kl":
-                axis.set(yscale="log", ylim=(min(values) / 2, max(values) * 2))  # the same in every panel
-                axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
-            else:
-                own = [cell[part] for key, cell in cells.items() if _task(key) == task and _kind(key) == "tuned"]
-                axis.axhline(_mean(own), color="grey", linestyle=":")
-                axis.set(ylim=(0, 1.05))
-                axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+                mine = [point for point in points if (point.task, point.method) == (task, method)]
+                ratios = [
+                    [point for point in mine if point.inverse == inverse]
+                    for inverse in sorted({point.inverse for point in mine})
+                ]
+                if ratios:
+                    curve(axis, ratios, {"color": _colour(index), "fmt": f"{_marker(index)}-", "markersize": 5})
             axis.set(title=task, xscale="log", xlim=(7, 80), xlabel="16-bit bytes over stored bytes")
             axis.set_xticks([8, 16, 32, 64], labels=["8", "16", "32", "64"], minor=False)
             axis.minorticks_off()
+        limits = [axis.get_ylim() for axis in axes]  # the same in every panel, so that they can be compared
+        for axis in axes:
+            axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         axes[0].set(ylabel=label)
         handles = [Line2D([], [], color=_colour(i), marker=_marker(i), label=name) for i, name in enumerate(methods)]
         axes[-1].legend(handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
         to_png(figure, path)
 
 
-def _curve(axis: Axes, rows: Cells, part: str, count: int, index: int) -> None:
-    """One method's line through the means of its seeds."""
-    ratios: dict[float, list[tuple[float, float]]] = {}
-    for key, cell in rows.items():
-        ratios.setdefault(_inverse(_kind(key)), []).append((1 / cell["ratio"], cell[part]))
-    points = []
-    for _, found in sorted(ratios.items()):
-        sizes, values = zip(*found, strict=True)
-        points.append((_mean(sizes), _geometric(values) if part == "kl" else _mean(values), len(found)))
-        if len(found) > 1:
-            axis.plot(sizes, values, ".", color=_colour(index), alpha=0.5, markersize=4)
-    sizes, values, seeds = zip(*points, strict=True)
-    errors = None if part == "kl" else _errors(values, [count * number for number in seeds])
-    axis.errorbar(sizes, values, errors, fmt=f"{_marker(index)}-", capsize=3, markersize=5, color=_colour(index))
+def _kl_curve(axis: Axes, ratios: list[list[_Point]], style: dict[str, Any]) -> None:
+    axis.set(yscale="log")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:.0e}")
+    axis.errorbar(_sizes(ratios), [_geometric([point.kl for point in seeds]) for seeds in ratios], **style)
+    for seeds in ratios:
+        axis.plot([1 / point.ratio for point in seeds], [point.kl for point in seeds], ".", color=style["color"])
+
+
+def _lost_curve(axis: Axes, ratios: list[list[_Point]], style: dict[str, Any]) -> None:
+    axis.axhline(0, color="grey", linestyle=":")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    losses = [_mean([point.lost for point in seeds]) for seeds in ratios]
+    errors = [1.96 * math.sqrt(sum(point.lost_error**2 for point in seeds)) / len(seeds) for seeds in ratios]
+    axis.errorbar(_sizes(ratios), losses, errors, capsize=3, **style)
+
+
+def _sizes(ratios: list[list[_Point]]) -> list[float]:
+    return [_mean([1 / point.ratio for point in seeds]) for seeds in ratios]
+
+
+def _lost(cells: Cells, key: str, count: int) -> tuple[float, float]:
+    return lost(cells[f"{_tuning(key)} tuned"], cells[key], count)
 
 
 def _colour(index: int) -> str:
@@ -156,14 +182,6 @@ def _colour(index: int) -> str:
 
 def _marker(index: int) -> str:
     return MARKERS[(index + index // len(MARKERS)) % len(MARKERS)]  # as many colours: a second round must differ
-
-
-def _errors(shares: Sequence[float], counts: Sequence[int]) -> list[list[float]]:
-    """95 % below and above, as matplotlib wants them."""
-    bounds = [interval(share, count) for share, count in zip(shares, counts, strict=True)]
-    below = [share - low for share, (low, _) in zip(shares, bounds, strict=True)]
-    above = [max(0.0, high - share) for share, (_, high) in zip(shares, bounds, strict=True)]
-    return [below, above]
 
 
 def _tuning(key: str) -> str:
