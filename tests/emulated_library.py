@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""libdeltaweave whose prefill and repack kernels run on the CPU, for tests where there is no GPU.
+"""libdeltaweave whose products and repack run on the CPU, for tests where there is no GPU.
 
 The sources of `cuda/src` are compiled as C++ with the language of `cuda/emulation/device.h`, after what only a GPU can
-do was replaced by its meaning. Kernels of decode do nothing. What this cannot show: races that take two threads at the
-same time, copies that arrive late, and speed.
+do was replaced by its meaning. What this cannot show: races that take two threads at the same time, copies that arrive
+late, and speed.
 """
 
 from __future__ import annotations
@@ -24,11 +24,15 @@ ROOT = Path(__file__).parents[1]
 BUILD = ROOT / "build" / "emulated"
 SOURCES = ROOT / "cuda" / "src"
 EMULATION = Path(__file__).parent / "cuda" / "emulation"
-KERNELS = ("delta_gemm", "plan", "prefill_gemm", "prefill_images", "repack", "repack_blocks", "repack_numbers")
+KERNELS = (
+    *("delta_gemm", "dense_gemm", "expand", "lora", "plan", "prefill_gemm", "prefill_images"),
+    *("prepare", "repack", "repack_blocks", "repack_numbers", "shrink"),
+)
 HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "no_cuda")
 # An instruction by its first words, a file, and C++ that means the same.
 INSTRUCTIONS = (
-    ("fragment.cuh", "mma.sync", ""),  # of decode and of other GPUs
+    ("expand.cu", "bar.sync", "emulation::wait_at(team + 1, 32 * kTeam);"),
+    ("fragment.cuh", "mma.sync", "emulation::multiply(d, a, b0, b1);"),
     ("fragment.cuh", "lop3", "selected = (bits & mask) | exponent;"),
     ("prefill_item.cuh", "bar.sync", "emulation::wait_at(1, 32 * kConsumers);"),
     ("prefill_stage2.cuh", "prefetch", ""),
@@ -57,7 +61,7 @@ def build_emulated() -> Path:
 
 def _compile(folder: Path) -> Path:
     shutil.copytree(SOURCES, folder, dirs_exist_ok=True)
-    for name in ("stages.cuh", "products.cuh", "device.cc"):
+    for name in ("copies.cuh", "products.cuh", "device.cc"):
         shutil.copy(EMULATION / name, folder)
     _rewrite(folder)
     compile_one = ["c++", "-std=c++20", "-O2", "-w", "-fPIC", "-fvisibility=hidden", "-DDW_BUILDING", "-DDW_WGMMA=1"]
@@ -100,12 +104,13 @@ def _rewrite(folder: Path) -> None:
 
     for name, start, meaning in INSTRUCTIONS:
         edit(name, rf'asm ?(?:volatile)?\(\s*"{re.escape(start)}.*?\);\n', meaning + "\n")
-    edit("ring.cuh", r"#if defined\(__CUDA_ARCH__\).*?#endif\n", "")  # a warp's ring, of decode
+    edit("ring.cuh", r"#if defined[^\n]*\n\ntemplate.*?#endif\n", '#include "copies.cuh"\n')
+    edit("stages.cuh", r"template <int kStages, int kConsumers.*?\n};\n", "")
     edit("prefill.cuh", r"#if DW_WGMMA\n.*#endif\n(?=\n}  // namespace prefill)", '#include "products.cuh"\n')
-    edit("prefill_gemm.cu", r"extern __shared__ [^;]*;", "unsigned char* memory = emulation::shared_memory;")
+    for name in ("dense_gemm.cu", "expand.cu", "prefill_gemm.cu", "shrink.cu"):
+        edit(name, r"extern __shared__ [^;]*?(\w+)\[\];", r"unsigned char* \1 = emulation::shared_memory;")
     # Launches.
     started = "emulation::launch(grid.x, threads, [&] { kernel(arguments...); });\n  return cudaSuccess;\n"
-    too_much = "if (shared_bytes > emulation::kSharedBytes) return cudaErrorInvalidValue;\n  "
-    edit("step.cuh", r"cudaError_t error =\s+cudaFuncSetAttribute.*?cudaLaunchKernelEx[^\n]*\n", too_much + started)
-    for name in ("plan.cu", "repack_blocks.cu", "repack_numbers.cu"):
-        edit(name, r"(\w+)<<<(.*?), (\w+), 0, stream>>>\((.*?)\);", r"emulation::launch(\2, \3, [&] { \1(\4); });")
+    edit("step.cuh", r"cudaLaunchAttribute attribute.*?cudaLaunchKernelEx[^\n]*\n", started)
+    for name in ("dense_gemm.cu", "plan.cu", "prepare.cu", "repack_blocks.cu", "repack_numbers.cu"):
+        edit(name, r"(\w+)<<<(.*?), (\w+), \w+, stream>>>\((.*?)\);", r"emulation::launch(\2, \3, [&] { \1(\4); });")

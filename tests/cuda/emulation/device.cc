@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The emulated device (device.h): its fibers, the few calls of CUDA's runtime that the library
-// makes, and nothing where kernels of decode would be launched.
+// The emulated device (device.h): its fibers, and the few calls of CUDA's runtime that the library
+// makes.
 #include <ucontext.h>
 
 #include <cstdio>
@@ -10,9 +10,6 @@
 #include <random>
 #include <utility>
 #include <vector>
-
-#include "gemm_args.h"
-#include "kernels.h"
 
 #undef threadIdx
 
@@ -85,14 +82,14 @@ void wait_at(int barrier, int count) {
 
 void launch(int blocks, int threads, const std::function<void()>& kernel) {
   static std::vector<std::unique_ptr<char[]>> stacks;
+  static std::mt19937 random;  // neither blocks nor threads may rely on an order
   while (static_cast<int>(stacks.size()) < threads) {
     stacks.push_back(std::make_unique<char[]>(kStackBytes));
   }
   running = &kernel;
   grid_size.x = blocks;
   block_size.x = threads;
-  std::mt19937 random(blocks);
-  std::vector<int> order(blocks);  // neither blocks nor threads may rely on one
+  std::vector<int> order(blocks);
   std::iota(order.begin(), order.end(), 0);
   std::shuffle(order.begin(), order.end(), random);
   for (const int index : order) {
@@ -147,11 +144,3 @@ cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpy
   return cudaSuccess;
 }
 }
-
-namespace dw {
-cudaError_t launch_prepare(const dw_gemm&, const Workspace&, cudaStream_t) { return cudaSuccess; }
-cudaError_t launch_shrink(const Gemm&, cudaStream_t) { return cudaSuccess; }
-cudaError_t launch_expand(const Gemm&, cudaStream_t) { return cudaSuccess; }
-cudaError_t launch_lora_shrink(const Gemm&, cudaStream_t) { return cudaSuccess; }
-cudaError_t launch_lora_expand(const Gemm&, cudaStream_t) { return cudaSuccess; }
-}  // namespace dw

@@ -14,6 +14,8 @@
 #include <bit>
 #include <cmath>
 #include <cstdint>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <map>
@@ -59,7 +61,7 @@ void wait_at(int barrier, int count);
 
 // What the lanes of the running fiber's warp exchange.
 struct Warp {
-  std::array<std::array<unsigned char, 16>, 32> values;
+  std::array<std::array<unsigned char, 48>, 32> values;
   int arrived = 0, left = 0;
 };
 Warp& own_warp();
@@ -67,7 +69,7 @@ Warp& own_warp();
 // Every lane of a warp gives a value and looks at all of them: look(value of a lane).
 template <typename Value, typename Look>
 auto exchange(Value value, Look look) {
-  static_assert(sizeof(Value) <= 16);
+  static_assert(sizeof(Value) <= sizeof(Warp{}.values[0]));
   Warp& warp = own_warp();
   while (warp.left > 0) give_way();  // lanes that have not looked at the last values
   std::memcpy(warp.values[thread_index.x % 32].data(), &value, sizeof value);
@@ -82,6 +84,35 @@ auto exchange(Value value, Look look) {
   return result;
 }
 
+// mma.sync m16n8k16: d += a * b. Of the lane 4q + c the two halves of register r are: of a, row q
+// (and 8 more where r is odd), columns 2c and 2c + 1 (and 8 more where r > 1); of b, column q, rows
+// 2c and 2c + 1 (and 8 more where r is 1).
+inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct {
+    float2 a[4], b[2];
+  } own;
+  const auto halves = [](uint32_t bits) {
+    return __half22float2(reinterpret_cast<const __half2&>(bits));
+  };
+  for (int r = 0; r < 4; ++r) own.a[r] = halves(a[r]);
+  own.b[0] = halves(b0);
+  own.b[1] = halves(b1);
+  const int lane = thread_index.x % 32, q = lane / 4, c = lane % 4;
+  exchange(own, [&](auto of_lane) {
+    for (int k = 0; k < 16; k += 2) {
+      const int from = k / 2 % 4, upper = k / 8;
+      const auto rows = of_lane(4 * q + from);
+      for (int n = 0; n < 2; ++n) {
+        const float2 column = of_lane(4 * (2 * c + n) + from).b[upper];
+        const float2 low = rows.a[2 * upper], high = rows.a[2 * upper + 1];
+        d[n] += low.x * column.x + low.y * column.y;
+        d[2 + n] += high.x * column.x + high.y * column.y;
+      }
+    }
+    return 0;
+  });
+}
+
 }  // namespace emulation
 
 #define threadIdx emulation::thread_index
@@ -92,6 +123,11 @@ auto exchange(Value value, Look look) {
 using std::max;
 using std::min;
 
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int shared_bytes) {
+  return shared_bytes > emulation::kSharedBytes ? cudaErrorInvalidValue : cudaSuccess;
+}
+
 inline void __syncthreads() { emulation::wait_at(0, static_cast<int>(blockDim.x)); }
 inline void __syncwarp(unsigned = ~0u) {
   emulation::exchange(0, [](auto) { return 0; });
@@ -99,6 +135,12 @@ inline void __syncwarp(unsigned = ~0u) {
 template <typename T>
 T __shfl_sync(unsigned, T value, int lane) {
   return emulation::exchange(value, [lane](auto of_lane) { return of_lane(lane); });
+}
+template <typename T>
+T __shfl_up_sync(unsigned, T value, int step, int width = 32) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const int from = lane % width < step ? lane : lane - step;
+  return emulation::exchange(value, [from](auto of_lane) { return of_lane(from); });
 }
 template <typename T>
 T __shfl_xor_sync(unsigned, T value, int mask) {
@@ -119,6 +161,13 @@ inline unsigned __reduce_max_sync(unsigned, unsigned value) {
     return most;
   });
 }
+inline unsigned __ballot_sync(unsigned, bool value) {
+  return emulation::exchange(value, [](auto of_lane) {
+    unsigned all = 0;
+    for (int lane = 0; lane < 32; ++lane) all |= unsigned{of_lane(lane)} << lane;
+    return all;
+  });
+}
 
 template <typename T>
 T __ldg(const T* from) {
@@ -126,6 +175,10 @@ T __ldg(const T* from) {
 }
 template <typename T>
 T __ldcg(const T* from) {
+  return *from;
+}
+template <typename T>
+T __ldcs(const T* from) {
   return *from;
 }
 template <typename T>
@@ -148,6 +201,10 @@ T atomicMax(T* at, T value) {
 
 inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
+inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline int __popc(unsigned bits) { return std::popcount(bits); }
+inline int __ffs(unsigned bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
 }

@@ -1,25 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stages and notes of shared memory (cuda/src/stages.cuh) with barriers by their meaning: a phase
-// ends when all have arrived and all announced bytes are there. Copies are done at once.
-#ifndef DELTAWEAVE_SRC_STAGES_CUH_
-#define DELTAWEAVE_SRC_STAGES_CUH_
-
-#include <cstdio>
-#include <cstdlib>
-
-#include "ring.cuh"
-
-namespace dw {
+// Shared memory that is filled ahead of use (cuda/src/ring.cuh and stages.cuh), included in dw
+// instead of both: a phase of a barrier ends when all have arrived and all announced bytes are
+// there. Copies are done at once.
 
 template <int kStages>
-struct Turn {
-  int place = 0, round = 0;
+struct Turn;
 
-  void next() {
-    if (++place < kStages) return;
-    place = 0;
-    round ^= 1;
+inline void copy_bytes(void* to, const void* from, int bytes) {
+  if ((reinterpret_cast<size_t>(to) | reinterpret_cast<size_t>(from) | bytes) % 16 != 0) {
+    std::fprintf(stderr, "emulated copy: not of whole 16 bytes\n");
+    std::abort();
   }
+  std::memcpy(to, from, bytes);
+}
+
+// One warp's; `filled` counts each stage's fills.
+template <int kStages, int kStageBytes>
+class Ring {
+ public:
+  Ring(unsigned char* memory, uint64_t* filled) : memory_(memory), filled_(filled) {
+    if (threadIdx.x % 32 == 0) std::fill_n(filled, kStages, 0);
+    __syncwarp();
+  }
+  void fill(int stage, const void* from, int bytes) const {
+    if (threadIdx.x % 32 != 0) return;
+    copy_bytes(memory_ + stage * kStageBytes, from, bytes);
+    ++filled_[stage];
+  }
+  void skip() const {}
+  void wait(int stage) {
+    while (filled_[stage] == taken_[stage]) emulation::give_way();
+    ++taken_[stage];
+  }
+
+ private:
+  unsigned char* memory_;
+  uint64_t* filled_;
+  uint64_t taken_[kStages] = {};
 };
 
 struct Phases {
@@ -61,30 +78,14 @@ struct Stages {
     if (threadIdx.x % 32 == 0) full[turn.place].arrive(bytes);
   }
   void copy(Now turn, void* to, const void* from, int bytes) {
-    if ((reinterpret_cast<size_t>(to) | reinterpret_cast<size_t>(from) | bytes) % 16 != 0) {
-      std::fprintf(stderr, "emulated copy: not of whole 16 bytes\n");
-      std::abort();
-    }
-    std::memcpy(to, from, bytes);
+    copy_bytes(to, from, bytes);
     full[turn.place].add(-bytes);
   }
   void copy_wide(Now turn, unsigned char* to, const void* from, int bytes) {
     if (threadIdx.x % 32 == 0) copy(turn, to, from, bytes);
   }
   void close(Now) {}
+
+ protected:
+  static void arrive(Phases& barrier) { barrier.arrive(); }
 };
-
-template <int kNotes, int kReaders, int kWriters>
-struct Notes : private Stages<kNotes, kReaders, kWriters> {
-  using Base = Stages<kNotes, kReaders, kWriters>;
-  using Base::release;
-  using Base::wait_empty;
-  using Base::wait_full;
-
-  void initialize() { Base::initialize(32 * kWriters); }
-  void publish(Turn<kNotes> turn) { this->full[turn.place].arrive(); }
-};
-
-}  // namespace dw
-
-#endif  // DELTAWEAVE_SRC_STAGES_CUH_

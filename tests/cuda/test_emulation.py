@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prefill's kernels emulated on the CPU against float64: what can be known of them where there is no GPU."""
+"""The products' kernels emulated on the CPU against float64: what can be known of them where there is no GPU."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from delta_gemm_case import PRESET, TOLERANCE, Case, check
+from delta_gemm_case import PRESET, TOLERANCE, Case, Setup, check
 from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record
 from device_arena import DeviceArena, Step, placed
 from emulated_library import build_emulated, cuda_headers
 from factored_records import RandomBand, RandomRecord
 
-DENSE = 133  # tokens of a slot: a tile and a few. Slots of fewer than 128 are decode's, which is not emulated
+DENSE = 133  # tokens of a slot: a tile and a few. Slots of fewer than 128 are decode's
 ALL_WIDTHS = ((16, 3), (8, 9), (4, 17), (3, 33), (2, 40), (1, 21), (16, 19), (2, 1))
 
 
 @pytest.fixture(scope="module")
 def emulated() -> Library:
-    """Compiled here, in twenty seconds of a CPU."""
+    """Compiled here, in a minute of a CPU."""
     if not shutil.which("c++") or cuda_headers() is None:
         pytest.skip("needs a C++ compiler and CUDA's headers")
     return Library(build_emulated())
@@ -31,7 +31,7 @@ def one_tenant(**sizes: object) -> Case:
     return Case(**{"tokens": DENSE, "tenants": 1, "slots": [0] * DENSE, "chunk": 128, "in_features": 256} | sizes)
 
 
-CASES = {
+PREFILL = {
     "preset": one_tenant(),
     "preset bf16": one_tenant(dtype="bfloat16"),
     "two tenants and the base": Case(
@@ -48,13 +48,51 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+DECODE = {
+    "one token": Case(tokens=1, slots=[0]),
+    "preset": Case(slots=[0, 1, -1, 2, 0]),
+    "preset bf16": Case(slots=[0, 1, -1, 2, 0], dtype="bfloat16"),
+    "two slices": Case(tokens=12, tenants=2, slots=[0, 1, 0, -1, 0, 1, 1, 0, 1, 0, 0, -1], outs=(300, 77)),
+    "two chunks of a slot, two tiles of x": Case(tokens=11, slots=[0] * 11, in_features=2304, outs=(128,)),
+    "teams of four": Case(tokens=26, tenants=2, slots=[0, 1, 1, 0, 1, -1, 1, 1, 1, 0, 1, 1, 1] * 2, outs=(256, 130)),
+    "teams of four bf16": Case(tokens=24, slots=[0, 1, 2] * 8, in_features=256, dtype="bfloat16"),
+    "odd sizes": Case(tokens=3, in_features=331, outs=(77, 5), bands=(RandomBand(3, 5), RandomBand(2, 3))),
+    "odd sizes bf16": Case(tokens=3, in_features=331, outs=(77,), bands=(RandomBand(2, 3),), dtype="bfloat16"),
+    "odd shard": Case(tokens=9, in_features=300, outs=(100,), group_offsets=(37, 21)),
+    "misaligned x": Case(tokens=4, in_features=256, outs=(128,), x_gap=3),
+    "eight bands": Case(in_features=1152, bands=tuple(RandomBand(bits, rank) for bits, rank in ALL_WIDTHS)),
+    "codebooks": Case(bands=tuple(RandomBand(bits, 21, "codebook") for bits in (1, 2, 3, 4, 8))),
+    "rank 500": Case(tokens=2, tenants=2, slots=[0, 1], outs=(256,), bands=(*PRESET[:2], RandomBand(2, 466))),
+} | {
+    f"two bits, rank {rank}": Case(tokens=2, tenants=1, slots=[0, 0], in_features=1920, bands=(RandomBand(2, rank),))
+    for rank in (15, 17, 32, 47)
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREFILL)
 def test_prefill_matches_float64(emulated, name):
-    check(emulated, CASES[name], "cpu")
+    check(emulated, PREFILL[name], "cpu")
 
 
+@pytest.mark.parametrize("name", DECODE)
+def test_decode_matches_float64(emulated, name):
+    check(emulated, DECODE[name], "cpu")
+
+
+@pytest.mark.parametrize("tokens", [5, 26])
+def test_bits_depend_on_slot_and_x_alone(emulated, tokens):
+    """Tokens of slot 0 keep their bits in a second run, whose threads take other turns, beside other neighbours."""
+    slots = torch.arange(tokens) % 3
+    setup = Setup(emulated, Case(tokens=tokens, slots=slots.tolist(), in_features=256), "cpu")
+    mine, first = slots == 0, setup.run()[0]
+    assert torch.equal(first, setup.run()[0])
+    others = torch.where(mine, 0, 2 * (slots - 1) - 1).int()  # the base, and slot 1 instead of 2
+    assert torch.equal(first[mine], setup.run(slots=others)[0][mine])
+
+
+@pytest.mark.parametrize("tokens", [11, DENSE], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gated_loras_match_float64(emulated, dtype):
+def test_gated_loras_match_float64(emulated, dtype, tokens):
     """Each band is an expert with a weight of its own for every token."""
     rng = np.random.default_rng(0)
     ranks, shape = (64, 9, 33), (130, 256)
@@ -71,10 +109,10 @@ def test_gated_loras_match_float64(emulated, dtype):
     arena = DeviceArena(emulated, parameters, slots=1, size=4 << 20, max_rank=sum(ranks), device="cpu")
     assert arena.add({0: Experts()}) == 0
     kind = getattr(torch, dtype)
-    x = placed(torch.from_numpy(rng.standard_normal((DENSE, shape[1]))).to(kind), "cpu")
-    y = placed(torch.zeros((DENSE, shape[0]), dtype=kind), "cpu")
-    weights = placed(torch.from_numpy(rng.standard_normal((DENSE, 8))).float(), "cpu")
-    step = Step(arena, torch.zeros(DENSE), chunk=128)
+    x = placed(torch.from_numpy(rng.standard_normal((tokens, shape[1]))).to(kind), "cpu")
+    y = placed(torch.zeros((tokens, shape[0]), dtype=kind), "cpu")
+    weights = placed(torch.from_numpy(rng.standard_normal((tokens, 8))).float(), "cpu")
+    step = Step(arena, torch.zeros(tokens), chunk=8 if tokens < DENSE else 128)
     step.make_plan()
     gemm, _workspace = step.product(x, [(0, y)])
     gemm.weights, gemm.weights_stride = weights.data_ptr(), weights.stride(0)
