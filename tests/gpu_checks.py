@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU tests of the whole model share: arenas full of tenants, slots of every kind, outputs with margins."""
+"""What tests of the whole model's kernels share: arenas full of tenants, slots of every kind, outputs with margins."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import torch
 from deltaweave.runtime_plugin.library import Library, Parameter
-from device_arena import AnyRecord, DeviceArena
+from device_arena import AnyRecord, DeviceArena, placed
 from numpy.typing import NDArray
 
 __all__ = ["DTYPES", "POISON", "Poisoned", "as_dtype", "assert_close", "draw_slots", "make_arena"]
@@ -19,10 +19,14 @@ POISON = 7.0
 
 
 def make_arena(
-    library: Library, parameters: Sequence[Parameter], tenants: Sequence[Mapping[int, AnyRecord]], size: int = 64 << 20
+    library: Library,
+    parameters: Sequence[Parameter],
+    tenants: Sequence[Mapping[int, AnyRecord]],
+    size: int = 64 << 20,
+    device: str = "cuda",
 ) -> DeviceArena:
     """An arena with one more slot than tenants; tenant i is in slot i."""
-    arena = DeviceArena(library, parameters, slots=len(tenants) + 1, size=size, max_rank=256)
+    arena = DeviceArena(library, parameters, slots=len(tenants) + 1, size=size, max_rank=256, device=device)
     for slot, records in enumerate(tenants):
         assert arena.add(records) == slot
     return arena
@@ -39,9 +43,9 @@ def draw_slots(rng: np.random.Generator, tokens: int, tenants: int) -> torch.Ten
 class Poisoned:
     """An output of shape [..., features] within a wider tensor whose margin must survive."""
 
-    def __init__(self, shape: Sequence[int], dtype: torch.dtype, shift: int = 8) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, shift: int = 8, device: str = "cuda") -> None:
         self.shift, self.features = shift, shape[-1]
-        self.wide = torch.full((*shape[:-1], shape[-1] + 24), POISON, dtype=dtype, device="cuda")
+        self.wide = placed(torch.full((*shape[:-1], shape[-1] + 24), POISON, dtype=dtype), device)
 
     @property
     def inner(self) -> torch.Tensor:
@@ -50,7 +54,8 @@ class Poisoned:
 
     def numpy(self) -> NDArray[np.float64]:
         """What was written, after a look at the margin."""
-        torch.cuda.synchronize()
+        if self.wide.is_cuda:
+            torch.cuda.synchronize()
         assert (self.wide[..., : self.shift] == POISON).all(), "wrote in front of y"
         assert (self.wide[..., self.shift + self.features :] == POISON).all(), "wrote behind y"
         return self.inner.double().cpu().numpy()

@@ -10,6 +10,8 @@ import pytest
 import torch
 from delta_gemm_case import PRESET, TOLERANCE, Case, Setup, check
 from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record
+from dense_gemm_case import Head
+from dense_gemm_case import Setup as HeadSetup
 from device_arena import DeviceArena, Step, placed
 from emulated_library import build_emulated, cuda_headers
 from factored_records import RandomBand, RandomRecord
@@ -20,7 +22,7 @@ ALL_WIDTHS = ((16, 3), (8, 9), (4, 17), (3, 33), (2, 40), (1, 21), (16, 19), (2,
 
 @pytest.fixture(scope="module")
 def emulated() -> Library:
-    """Compiled here, in a minute of a CPU."""
+    """Compiled here, in forty seconds of a CPU."""
     if not shutil.which("c++") or cuda_headers() is None:
         pytest.skip("needs a C++ compiler and CUDA's headers")
     return Library(build_emulated())
@@ -66,7 +68,14 @@ DECODE = {
 } | {
     f"two bits, rank {rank}": Case(tokens=2, tenants=1, slots=[0, 0], in_features=1920, bands=(RandomBand(2, rank),))
     for rank in (15, 17, 32, 47)
-}  # fmt: skip
+}
+
+HEADS = {
+    "usual": (Head(tokens=14, features=384, rows=203), "float16"),
+    "odd sizes": (Head(tokens=14, features=331, rows=75), "bfloat16"),
+    "odd shard": (Head(tokens=14, features=200, rows=64, in_offset=56), "float16"),
+    "many tokens": (Head(tokens=44, features=256, rows=64, chunk=128), "float16"),
+}
 
 
 @pytest.mark.parametrize("name", PREFILL)
@@ -77,6 +86,12 @@ def test_prefill_matches_float64(emulated, name):
 @pytest.mark.parametrize("name", DECODE)
 def test_decode_matches_float64(emulated, name):
     check(emulated, DECODE[name], "cpu")
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_match_float64(emulated, name):
+    setup = HeadSetup(emulated, *HEADS[name], "cpu")
+    setup.check(setup.run())
 
 
 @pytest.mark.parametrize("tokens", [5, 26])
@@ -90,12 +105,12 @@ def test_bits_depend_on_slot_and_x_alone(emulated, tokens):
     assert torch.equal(first[mine], setup.run(slots=others)[0][mine])
 
 
-@pytest.mark.parametrize("tokens", [11, DENSE], ids=["decode", "prefill"])
+@pytest.mark.parametrize(("tokens", "in_features"), [(11, 1152), (DENSE, 256)], ids=["decode", "prefill"])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_gated_loras_match_float64(emulated, dtype, tokens):
-    """Each band is an expert with a weight of its own for every token."""
+def test_gated_loras_match_float64(emulated, dtype, tokens, in_features):
+    """Each band is an expert with a weight of its own for every token; the last token is the base's."""
     rng = np.random.default_rng(0)
-    ranks, shape = (64, 9, 33), (130, 256)
+    ranks, shape = (64, 9, 33), (130, in_features)
     drawn = RandomRecord.draw(rng, shape, tuple(RandomBand(16, rank) for rank in ranks))
 
     class Experts:
@@ -112,7 +127,9 @@ def test_gated_loras_match_float64(emulated, dtype, tokens):
     x = placed(torch.from_numpy(rng.standard_normal((tokens, shape[1]))).to(kind), "cpu")
     y = placed(torch.zeros((tokens, shape[0]), dtype=kind), "cpu")
     weights = placed(torch.from_numpy(rng.standard_normal((tokens, 8))).float(), "cpu")
-    step = Step(arena, torch.zeros(tokens), chunk=8 if tokens < DENSE else 128)
+    slots = torch.zeros(tokens)
+    slots[-1] = -1
+    step = Step(arena, slots, chunk=8 if tokens < DENSE else 128)
     step.make_plan()
     gemm, _workspace = step.product(x, [(0, y)])
     gemm.weights, gemm.weights_stride = weights.data_ptr(), weights.stride(0)
@@ -121,4 +138,5 @@ def test_gated_loras_match_float64(emulated, dtype, tokens):
     of_ranks = np.repeat(weights.double().numpy()[:, : len(ranks)], ranks, axis=1)
     h = x.double().numpy() @ drawn.v.values.T * drawn.sigma * of_ranks
     expected = h @ drawn.u.values
+    expected[-1] = 0
     assert np.linalg.norm(y.double().numpy() - expected) < TOLERANCE[dtype] * np.linalg.norm(expected)
