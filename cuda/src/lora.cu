@@ -123,23 +123,41 @@ __device__ __forceinline__ int4 chunk_at(const Gemm& gemm, int chunk) {
   return chunk_of(gemm, min(chunk, gemm.token_count - 1));
 }
 
+// Calls work(unit, chunk) for this block's units, every gridDim.x-th, whose slice has a fusion's
+// record. Every warp looks at 32 units at a time, so that tenants without a fusion, which may be
+// almost all of a step, cost no trip to memory each.
+template <typename SliceOf, typename Work>
+__device__ __forceinline__ void for_each_served(const Gemm& gemm, int chunk_units,
+                                                const SliceOf& slice_of, const Work& work) {
+  const int units = chunk_count(gemm) * chunk_units;
+  for (int first = blockIdx.x;; first += 32 * gridDim.x) {
+    const int own = first + threadIdx.x % 32 * gridDim.x;
+    const int4 chunk = chunk_at(gemm, own / chunk_units);
+    if (first >= units) return;
+    bool served = false;
+    if (own < units) {
+      const int projection = gemm.slices[slice_of(own % chunk_units)].projection;
+      served = is_served(gemm, directory_row(gemm, projection, chunk.x));
+    }
+    for (unsigned left = __ballot_sync(0xffffffffu, served); left != 0; left &= left - 1) {
+      const int unit = first + (__ffs(left) - 1) * gridDim.x;
+      work(unit % chunk_units, chunk_of(gemm, unit / chunk_units));
+    }
+  }
+}
+
 // Grid: units, chunk by chunk; a unit is every kSpread-th piece of a (chunk, slice, tile).
 template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kResident)
     lora_shrink_kernel(const __grid_constant__ Gemm gemm) {
   __shared__ float partial[kTeam][kTokens * kTokenPitch];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int a_chunk = gemm.slice_count * gemm.tiles * kSpread;
-  const int units = chunk_count(gemm) * a_chunk;
   bool waited = false;
   let_next_begin();  // stage 2 waits for all of this before it reads h
-  for (int unit = blockIdx.x;; unit += gridDim.x) {
-    const int4 chunk = chunk_at(gemm, unit / a_chunk);
-    if (unit >= units) break;
-    const int tile = unit / kSpread % gemm.tiles;
-    const int slice = unit / kSpread / gemm.tiles % gemm.slice_count;
+  const auto slice_of = [&](int unit) { return unit / kSpread / gemm.tiles; };
+  const auto add_unit = [&](int unit, const int4& chunk) {
+    const int tile = unit / kSpread % gemm.tiles, slice = slice_of(unit);
     const int64_t* row = directory_row(gemm, gemm.slices[slice].projection, chunk.x);
-    if (!is_served(gemm, row)) continue;
     const Experts experts(row);
     const int pieces = static_cast<int>(row[DW_FIELD_PADDED_RANK]) / kPieceRanks;
     const int64_t column = token_at(gemm, chunk.y + min(lane / 4, chunk.z - 1));
@@ -183,7 +201,8 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
       }
       __syncthreads();
     }
-  }
+  };
+  for_each_served(gemm, gemm.slice_count * gemm.tiles * kSpread, slice_of, add_unit);
   if (!waited) after_previous();
 }
 
@@ -193,17 +212,19 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     lora_expand_kernel(const __grid_constant__ Gemm gemm, int groups) {
   __shared__ float sums[kTeam][kTokens * kPitch];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const int units = chunk_count(gemm) * groups;
   bool waited = false;
   let_next_begin();
-  for (int unit = blockIdx.x;; unit += gridDim.x) {
-    const int4 chunk = chunk_at(gemm, unit / groups);
-    if (unit >= units) break;
-    int group = unit % groups, s = 0;
-    while (group >= gemm.slices[s].groups) group -= gemm.slices[s++].groups;
+  const auto slice_of = [&](int unit) {
+    int s = 0;
+    while (unit >= gemm.slices[s].groups) unit -= gemm.slices[s++].groups;
+    return s;
+  };
+  const auto add_unit = [&](int unit, const int4& chunk) {
+    const int s = slice_of(unit);
+    int group = unit;
+    for (int before = 0; before < s; ++before) group -= gemm.slices[before].groups;
     const Slice& slice = gemm.slices[s];
     const int64_t* row = directory_row(gemm, slice.projection, chunk.x);
-    if (!is_served(gemm, row)) continue;
     const Experts experts(row);
     const int pieces = static_cast<int>(row[DW_FIELD_PADDED_RANK]) / kPieceRanks;
     const float undo = reinterpret_cast<const float*>(gemm.arena + row[DW_FIELD_HEADER])[1];
@@ -266,7 +287,8 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
       outputs.add_all(delta);
     }
     __syncthreads();
-  }
+  };
+  for_each_served(gemm, groups, slice_of, add_unit);
   if (!waited) after_previous();
 }
 

@@ -159,6 +159,7 @@ CASES = {
     "outside the directory": Case(slots=(99, 0, -7, 3)),
     "many of one": Case(slots=(1,) * 40),
     "many fusions": Case(ranks=tuple((1 + i % 20, 16) for i in range(16)), slots=tuple(i % 16 for i in range(32))),
+    "more units than a block looks at together": Case(slots=(0, 1, 2) * 620, outs=(128, 128, 256)),
     "misaligned x": Case(x_gap=3),
     "fp16 file": Case(lora_dtype="F16"),
     "fp32 file": Case(lora_dtype="F32"),
