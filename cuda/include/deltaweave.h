@@ -39,7 +39,7 @@ extern "C" {
 #define DW_API
 #endif
 
-#define DW_ABI_VERSION 5
+#define DW_ABI_VERSION 6
 
 #define DW_MAX_BANDS 8
 #define DW_MAX_EXPERTS 8 /* of a fusion */
@@ -294,6 +294,12 @@ typedef struct dw_gemm {
  * the tokens, by tiles of 128 a slot. */
 DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
+/* The same in two calls with the same arguments, for a host that computes the base's y beside the
+ * first: dw_delta_shrink reads x, may have y NULL, and leaves part of the GPU to others where
+ * tokens are few; dw_delta_expand adds to y, and needs the workspace as the first left it. Not for
+ * prefill. */
+DW_API dw_status dw_delta_shrink(const dw_gemm* args, void* stream);
+DW_API dw_status dw_delta_expand(const dw_gemm* args, void* stream);
 
 /* lm_head of tenants whose record is not factored, for one slice and the same plan and workspace:
  * DENSE: y[t, r] += row r . x[t]; ROWS: y[t, indices[r]] = row r . x[t], whatever y held. A host

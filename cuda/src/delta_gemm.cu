@@ -108,17 +108,21 @@ dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32_t slot
 namespace dw {
 namespace {
 
-// Slots with few tokens, or all: both stages from packed codes.
-dw_status run_decode(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
+// Slots with few tokens, or all: both stages from packed codes. `beside`: something else runs at
+// the same time as the first.
+dw_status run_shrink(const dw_gemm& args, const Workspace& cut, dw_record_kind record, bool beside,
                      cudaStream_t stream) {
   const bool in_place = readable_in_place(args);
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
   const Gemm gemm = describe(args, cut, in_place, record);
-  if (record == DW_LORA) {
-    DW_RETURN_IF_ERROR(check_launch(launch_lora_shrink(gemm, stream), "shrink of LoRAs"));
-    return check_launch(launch_lora_expand(gemm, stream), "expand of LoRAs");
-  }
-  DW_RETURN_IF_ERROR(check_launch(launch_shrink(gemm, stream), "shrink"));
+  if (record == DW_LORA) return check_launch(launch_lora_shrink(gemm, stream), "shrink of LoRAs");
+  return check_launch(launch_shrink(gemm, beside, stream), "shrink");
+}
+
+dw_status run_expand(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
+                     cudaStream_t stream) {
+  const Gemm gemm = describe(args, cut, readable_in_place(args), record);
+  if (record == DW_LORA) return check_launch(launch_lora_expand(gemm, stream), "expand of LoRAs");
   return check_launch(launch_expand(gemm, stream), "expand");
 }
 
@@ -136,7 +140,8 @@ dw_status run(const dw_gemm& args, dw_record_kind record, void* stream_pointer) 
   const Workspace cut = cut_workspace(args);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   if (cut.image_tiles > 0) DW_RETURN_IF_ERROR(run_dense(args, cut, record, stream));
-  return run_decode(args, cut, record, stream);
+  DW_RETURN_IF_ERROR(run_shrink(args, cut, record, false, stream));
+  return run_expand(args, cut, record, stream);
 }
 
 }  // namespace
@@ -147,6 +152,20 @@ dw_status dw_delta_gemm(const dw_gemm* args, void* stream) {
   DW_RETURN_IF_ERROR(dw::check_sizes(*args));
   DW_RETURN_IF_ERROR(dw::check_pointers(*args));
   return dw::run(*args, DW_FACTORED, stream);
+}
+
+dw_status dw_delta_shrink(const dw_gemm* args, void* stream) {
+  if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
+  DW_RETURN_IF_ERROR(dw::check_half(*args, false));
+  return dw::run_shrink(*args, dw::cut_workspace(*args), DW_FACTORED, true,
+                        static_cast<cudaStream_t>(stream));
+}
+
+dw_status dw_delta_expand(const dw_gemm* args, void* stream) {
+  if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
+  DW_RETURN_IF_ERROR(dw::check_half(*args, true));
+  return dw::run_expand(*args, dw::cut_workspace(*args), DW_FACTORED,
+                        static_cast<cudaStream_t>(stream));
 }
 
 // A fusion's experts are the bands of one factored product, weighed where sigma is: on its ranks.

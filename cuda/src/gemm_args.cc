@@ -49,6 +49,14 @@ dw_status check_dense(const dw_gemm& args) {
   return check_pointers(args);
 }
 
+dw_status check_half(const dw_gemm& args, bool needs_y) {
+  DW_RETURN_IF_ERROR(check_sizes(args));
+  DW_RETURN_IF_ERROR(check_pointers(args, needs_y));
+  if (cut_workspace(args).image_tiles == 0) return DW_OK;
+  return fail(DW_ERROR_ARGUMENT, args.token_count, " tokens with chunk_tokens ", args.chunk_tokens,
+              " are prefill, which has no halves");
+}
+
 dw_status check_lora(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_sizes(args));
   if (args.weights == nullptr) {
@@ -58,14 +66,14 @@ dw_status check_lora(const dw_gemm& args) {
   return check_pointers(args);
 }
 
-dw_status check_pointers(const dw_gemm& args) {
+dw_status check_pointers(const dw_gemm& args, bool needs_y) {
   DW_RETURN_IF_ERROR(check_aligned("arena", args.arena, DW_ALIGNMENT));
   DW_RETURN_IF_ERROR(check_aligned("directory", args.directory, sizeof(int64_t)));
   DW_RETURN_IF_ERROR(check_aligned("plan", args.plan, 16));
   DW_RETURN_IF_ERROR(check_aligned("workspace", args.workspace, DW_ALIGNMENT));
   DW_RETURN_IF_ERROR(check_aligned("x", args.x, 2));
   DW_RETURN_IF_ERROR(check_range("x_stride", args.x_stride, args.in_features, INT64_MAX));
-  for (int s = 0; s < args.slice_count; ++s) {
+  for (int s = 0; needs_y && s < args.slice_count; ++s) {
     DW_RETURN_IF_ERROR(check_aligned("y", args.slices[s].y, 2));
     DW_RETURN_IF_ERROR(
         check_range("y_stride", args.slices[s].y_stride, args.slices[s].out_features, INT64_MAX));

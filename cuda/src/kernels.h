@@ -56,7 +56,7 @@ int shared_bytes_a_block();
 cudaError_t launch_plan(const int32_t* slots, int tokens, int slot_count, int chunk, int* plan,
                         cudaStream_t stream);
 cudaError_t launch_prepare(const dw_gemm& args, const Workspace& cut, cudaStream_t stream);
-cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_shrink(const Gemm& gemm, bool beside, cudaStream_t stream);
 cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_lora_shrink(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_lora_expand(const Gemm& gemm, cudaStream_t stream);

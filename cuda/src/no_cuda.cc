@@ -24,6 +24,14 @@ dw_status dw_delta_gemm(const dw_gemm* args, void*) {
   DW_RETURN_IF_ERROR(dw::check_pointers(*args));
   return refuse("dw_delta_gemm");
 }
+dw_status dw_delta_shrink(const dw_gemm* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_half(*args, false));
+  return refuse("dw_delta_shrink");
+}
+dw_status dw_delta_expand(const dw_gemm* args, void*) {
+  DW_RETURN_IF_ERROR(dw::check_half(*args, true));
+  return refuse("dw_delta_expand");
+}
 dw_status dw_gated_lora(const dw_gemm* args, void*) {
   DW_RETURN_IF_ERROR(dw::check_lora(*args));
   return refuse("dw_gated_lora");

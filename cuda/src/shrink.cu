@@ -472,21 +472,23 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
 }
 
 template <typename T>
-cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
+cudaError_t launch(const Gemm& gemm, bool beside, cudaStream_t stream) {
   const int64_t most =
       static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
   // With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end.
-  const int64_t resident =
-      static_cast<int64_t>(multiprocessors()) * (gemm.token_count < 8 ? 1 : kResident);
+  // Beside a base product, which is larger, a third of the multiprocessors will do.
+  const bool few = gemm.token_count < 8;
+  const int64_t all = few && beside ? multiprocessors() / 3 : multiprocessors();
+  const int64_t resident = all * (few ? 1 : kResident);
   const int grid = static_cast<int>(most < resident ? most : resident);
   return launch_dependent(shrink_kernel<T>, dim3(grid), kTeamThreads, sizeof(Shared), stream, gemm);
 }
 
 }  // namespace
 
-cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream) {
-  return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, stream)
-                                     : launch<__half>(gemm, stream);
+cudaError_t launch_shrink(const Gemm& gemm, bool beside, cudaStream_t stream) {
+  return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, beside, stream)
+                                     : launch<__half>(gemm, beside, stream);
 }
 
 }  // namespace dw

@@ -25,7 +25,7 @@ from deltaweave.runtime_plugin.library.structs import (
 
 __all__ = ["ABI_VERSION", "Library", "find_library"]
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 FULL = 3  # DW_ERROR_FULL
 ENVIRONMENT = "DELTAWEAVE_LIBRARY"
 FILE_NAME = "libdeltaweave.so"
@@ -54,6 +54,8 @@ SIGNATURES: dict[str, list[Any]] = {
     "dw_plan_tokens": [c_void_p, c_int32, c_int32, c_int32, c_void_p, c_size_t, c_void_p],
     "dw_gemm_workspace_bytes": [POINTER(Gemm), POINTER(c_size_t)],
     "dw_delta_gemm": [POINTER(Gemm), c_void_p],
+    "dw_delta_shrink": [POINTER(Gemm), c_void_p],
+    "dw_delta_expand": [POINTER(Gemm), c_void_p],
     "dw_dense_gemm": [POINTER(Gemm), c_void_p],
     "dw_gated_lora": [POINTER(Gemm), c_void_p],
     "dw_rms_norm": [POINTER(Norm), c_void_p],
@@ -147,6 +149,14 @@ class Library:
     def delta_gemm(self, gemm: Gemm, stream: int = 0) -> None:
         """Adds the factored delta terms to y, for tokens whose tenant has one."""
         self.call("dw_delta_gemm", byref(gemm), stream)
+
+    def delta_shrink(self, gemm: Gemm, stream: int = 0) -> None:
+        """The first half of `delta_gemm`, for few tokens: y may be missing, and the workspace must be kept."""
+        self.call("dw_delta_shrink", byref(gemm), stream)
+
+    def delta_expand(self, gemm: Gemm, stream: int = 0) -> None:
+        """The second half: adds to y."""
+        self.call("dw_delta_expand", byref(gemm), stream)
 
     def dense_gemm(self, gemm: Gemm, stream: int = 0) -> None:
         """Adds dense rows' products to y, or puts replaced rows' there, for tokens whose tenant has such a record."""

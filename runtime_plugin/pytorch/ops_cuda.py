@@ -19,7 +19,7 @@ from deltaweave.runtime_plugin.library import (
 )
 from deltaweave.runtime_plugin.pytorch.native import native_library
 
-__all__ = ["Kernels"]
+__all__ = ["Kernels", "StartedDelta"]
 
 Tensor = torch.Tensor
 
@@ -50,7 +50,7 @@ class Kernels:
     ) -> None:
         """Both stages, fused over the slices."""
         if len(x):
-            gemm, workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
+            gemm, workspace = _product(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
             _weigh(gemm, weights)
             native_library().delta_gemm(gemm, _stream(workspace))
 
@@ -85,7 +85,7 @@ class Kernels:
     ) -> None:
         """Both stages of all experts, fused over the slices."""
         if len(x):
-            gemm, workspace = _gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
+            gemm, workspace = _product(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
             _weigh(gemm, weights)
             native_library().gated_lora(gemm, _stream(workspace))
 
@@ -95,7 +95,7 @@ class Kernels:
     ) -> None:
         """Low-bit and replaced rows."""
         if len(x):
-            gemm, workspace = _gemm(arena, directory, plan, x, [y], [parameter], max_rank, 0, [0])
+            gemm, workspace = _product(arena, directory, plan, x, [y], [parameter], max_rank, 0, [0])
             native_library().dense_gemm(gemm, _stream(workspace))
 
     @staticmethod
@@ -165,6 +165,37 @@ class Kernels:
         native_library().embed(arguments, _stream(slots))
 
 
+class StartedDelta:
+    """A `delta_gemm` of few tokens, whose first stage runs beside what the current stream gets next: the base's y."""
+
+    def __init__(
+        self,
+        arena: Tensor,
+        directory: Tensor,
+        plan: Tensor,
+        x: Tensor,
+        widths: Sequence[int],
+        parameters: Sequence[int],
+        max_rank: int,
+        in_offset: int,
+        out_offsets: Sequence[int],
+        side: torch.cuda.Stream,
+    ) -> None:
+        """Starts it on the stream `side`; `widths` are out_features of the slices, all else is `delta_gemm`'s."""
+        self._side = side
+        self._gemm, self._workspace = _gemm(
+            arena, directory, plan, x, widths, parameters, max_rank, in_offset, out_offsets
+        )
+        side.wait_stream(torch.cuda.current_stream(x.device))
+        native_library().delta_shrink(self._gemm, int(side.cuda_stream))
+
+    def add_to(self, ys: Sequence[Tensor]) -> None:
+        """The second stage, in the current stream."""
+        _write(self._gemm, ys)
+        torch.cuda.current_stream(ys[0].device).wait_stream(self._side)
+        native_library().delta_expand(self._gemm, _stream(ys[0]))
+
+
 def _stream(tensor: Tensor) -> int:
     return int(torch.cuda.current_stream(tensor.device).cuda_stream)
 
@@ -185,7 +216,7 @@ def _batch(arena: Tensor, directory: Tensor, slots: Tensor, activation: Tensor) 
     )
 
 
-def _gemm(
+def _product(
     arena: Tensor,
     directory: Tensor,
     plan: Tensor,
@@ -196,7 +227,24 @@ def _gemm(
     in_offset: int,
     out_offsets: Sequence[int],
 ) -> tuple[Gemm, Tensor]:
-    """The arguments, and their workspace: free for others as soon as the stream has passed the launch."""
+    widths = [y.shape[1] for y in ys]
+    gemm, workspace = _gemm(arena, directory, plan, x, widths, parameters, max_rank, in_offset, out_offsets)
+    _write(gemm, ys)
+    return gemm, workspace
+
+
+def _gemm(
+    arena: Tensor,
+    directory: Tensor,
+    plan: Tensor,
+    x: Tensor,
+    widths: Sequence[int],
+    parameters: Sequence[int],
+    max_rank: int,
+    in_offset: int,
+    out_offsets: Sequence[int],
+) -> tuple[Gemm, Tensor]:
+    """The arguments but for y, and their workspace: free for others as soon as the stream has passed the launch."""
     gemm = Gemm(
         arena=arena.data_ptr(),
         directory=directory.data_ptr(),
@@ -210,13 +258,18 @@ def _gemm(
         x=x.data_ptr(),
         x_stride=x.stride(0),
         plan=plan.data_ptr(),
-        slice_count=len(ys),
+        slice_count=len(widths),
     )
-    for place, (y, parameter, offset) in enumerate(zip(ys, parameters, out_offsets, strict=True)):
-        gemm.slices[place] = Slice(parameter, y.shape[1], offset, y.data_ptr(), y.stride(0))
+    for place, (width, parameter, offset) in enumerate(zip(widths, parameters, out_offsets, strict=True)):
+        gemm.slices[place] = Slice(parameter, width, offset)
     workspace = torch.empty(native_library().workspace_bytes(gemm), dtype=torch.uint8, device=x.device)
     gemm.workspace, gemm.workspace_bytes = workspace.data_ptr(), workspace.numel()
     return gemm, workspace
+
+
+def _write(gemm: Gemm, ys: Sequence[Tensor]) -> None:
+    for place, y in enumerate(ys):
+        gemm.slices[place].y, gemm.slices[place].y_stride = y.data_ptr(), y.stride(0)
 
 
 def _weigh(gemm: Gemm, weights: Tensor | None) -> None:

@@ -122,6 +122,53 @@ def test_runs_are_bit_identical(gpu_library, many):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [1, 5, 33])
+def test_halves_on_two_streams_give_the_same_bits(gpu_library, tokens):
+    """In a graph, beside a product of torch's that fills y, as a host runs them."""
+    import torch
+    from device_arena import Step
+
+    case = Case(tokens=tokens, tenants=3, in_features=1024, outs=(512, 256), slots=[0, 2, -1, 1, 0] * 7)
+    setup = Setup(gpu_library, replace(case, slots=case.slots[:tokens]))
+    weight = torch.randn(1024, 768, device="cuda", dtype=setup.x.dtype)
+    expected = setup.x @ weight
+    step, side = Step(setup.arena, setup.slots), torch.cuda.Stream()
+    step.run(setup.x, list(enumerate(expected.split(case.outs, dim=1))))
+    y = torch.empty_like(expected)
+    gemm, workspace = step.product(setup.x, list(enumerate(y.split(case.outs, dim=1))))
+
+    def work() -> None:
+        main = torch.cuda.current_stream()
+        step.make_plan()
+        side.wait_stream(main)
+        gpu_library.delta_shrink(gemm, side.cuda_stream)
+        torch.mm(setup.x, weight, out=y)
+        main.wait_stream(side)
+        gpu_library.delta_expand(gemm, main.cuda_stream)
+
+    for run in range(3):
+        y.fill_(float("nan"))
+        workspace.fill_(0xFF)
+        if run == 1:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                work()
+        graph.replay() if run else work()
+        torch.cuda.synchronize()
+        assert torch.equal(y, expected)
+
+
+def test_prefill_has_no_halves(gpu_library):
+    from device_arena import Step
+
+    setup = Setup(gpu_library, Case(tokens=300, chunk=128))
+    step = Step(setup.arena, setup.slots, chunk=128)
+    gemm, _ = step.product(setup.x, [(0, setup.x.new_zeros(300, 384))])
+    for half in (gpu_library.delta_shrink, gpu_library.delta_expand):
+        with pytest.raises(LibraryError, match="300 tokens with chunk_tokens 128 are prefill"):
+            half(gemm)
+
+
 @pytest.mark.parametrize("many", [0, DENSE], ids=["few", "dense"])
 @pytest.mark.parametrize("chunk", [8, 128], ids=["decode", "prefill"])
 def test_neighbours_leave_bits_alone(gpu_library, chunk, many):

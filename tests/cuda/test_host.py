@@ -395,6 +395,22 @@ def test_library_without_kernels_says_so(library):
         library.delta_gemm(good_gemm(library))
 
 
+def test_halves_of_a_product(library):
+    """The first needs no y yet; prefill has none."""
+    if library.has_cuda:
+        pytest.skip("this library has kernels")
+    gemm = good_gemm(library)
+    gemm.slices[0].y = None
+    with pytest.raises(LibraryError, match="dw_delta_shrink: this libdeltaweave was built without CUDA"):
+        library.delta_shrink(gemm)
+    with pytest.raises(LibraryError, match="y is"):
+        library.delta_expand(gemm)
+    gemm.token_count, gemm.chunk_tokens, gemm.slot_count = 256, 128, 4
+    gemm.workspace_bytes = library.workspace_bytes(gemm)
+    with pytest.raises(LibraryError, match="256 tokens with chunk_tokens 128 are prefill, which has no halves"):
+        library.delta_shrink(gemm)
+
+
 def test_build_without_a_cuda_compiler_is_skipped(tmp_path):
     """Asking for kernels where there is no nvcc configures, says what is missing, and builds nothing."""
     cmake = shutil.which("cmake")
