@@ -21,13 +21,13 @@ from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, LibraryError
 from deltaweave.runtime_plugin.pytorch.native import native_library
+from deltaweave.runtime_plugin.pytorch.settings import SlotSettings, pinned
 from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, Tenant, load_fusion, load_tenant
 from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader, HostUploader, Ready, Uploader
 from deltaweave.runtime_plugin.records import ServedRecord
-from deltaweave.runtime_plugin.tables import EMBEDDING
 from torch import nn
 
-__all__ = ["Arena", "ArenaError", "FusionWork", "HeldTenant", "OpenStep", "SlotSettings"]
+__all__ = ["Arena", "ArenaError", "FusionWork", "HeldTenant", "OpenStep"]
 
 ALIGNMENT = 256
 # Eight LoRAs of rank 64 fit, however small the model is.
@@ -88,36 +88,6 @@ class FusionWork:
     delta_experts: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True)
-class SlotSettings:
-    """What a slot's tenant changes beside parameters. Row -1, the last, is the base's.
-
-    Attributes:
-        vocabulary: int64 [slots + 1], tokens that it knows.
-        inverse_frequencies: float32 [slots + 1, head_dim / 2], of its rotary embedding.
-        rotary_scale: float32 [slots + 1].
-    """
-
-    vocabulary: torch.Tensor
-    inverse_frequencies: torch.Tensor
-    rotary_scale: torch.Tensor
-
-    @classmethod
-    def of(cls, table: ParameterTable, slots: int, device: torch.device) -> SlotSettings:
-        """The base's for every slot."""
-        return cls(
-            vocabulary=torch.full((slots + 1,), table[EMBEDDING].shape[0], device=device),
-            inverse_frequencies=table.rotary.inv_freq.float().to(device).repeat(slots + 1, 1),
-            rotary_scale=torch.full((slots + 1,), float(table.rotary.attention_scaling), device=device),
-        )
-
-    def write(self, slot: int, tenant: Tenant) -> None:
-        """Makes a slot the tenant's, in the current stream's order."""
-        self.vocabulary[slot] = tenant.vocabulary
-        self.inverse_frequencies[slot].copy_(_pinned(tenant.inverse_frequencies, self.vocabulary), non_blocking=True)
-        self.rotary_scale[slot] = tenant.rotary_scale
-
-
 class Arena:
     """Tenants of one base model, resident on the device or held on the host, and the slots they have.
 
@@ -142,7 +112,7 @@ class Arena:
         self.uploads = self.evictions = 0
         self.buffer = _aligned_bytes(capacity_bytes, device)
         self.directory = torch.zeros(len(table), slots, DIRECTORY_FIELDS, dtype=torch.int64, device=device)
-        self.settings = SlotSettings.of(table, slots, device)
+        self.settings = SlotSettings(table, slots, device)
         self._uploader: Uploader = DeviceUploader(self.buffer) if device.type == "cuda" else HostUploader(self.buffer)
         self._book = library.Arena(
             native_library(),
@@ -480,7 +450,7 @@ class Arena:
             return
         entry.ready.order()
         rows = torch.tensor(self._book.directory_rows(entry.slot))
-        self.directory[:, entry.slot].copy_(_pinned(rows, self.directory), non_blocking=True)
+        self.directory[:, entry.slot].copy_(pinned(rows, self.directory), non_blocking=True)
         self.settings.write(entry.slot, entry.tenant)
         entry.ready = None
 
@@ -510,8 +480,3 @@ def _aligned_bytes(size: int, device: torch.device) -> torch.Tensor:
     whole = torch.empty(size + ALIGNMENT, dtype=torch.uint8, device=device)
     start = -whole.data_ptr() % ALIGNMENT
     return whole[start : start + size]
-
-
-def _pinned(values: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-    """Host values that can be copied to the target's device without waiting."""
-    return values.pin_memory() if target.is_cuda else values

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What stands in vLLM's model where a tenant may change it. No vLLM here: its layers are known by what they have.
 
-Linear layers, embeddings and lm_head keep their modules and weights and get another `quant_method`, which calls theirs
-and adds the tenants' part before ranks are summed or gathered. Norms and the rotary embedding are replaced.
+Linear layers, embeddings and lm_head keep their modules and weights and get another `quant_method`, which adds the
+tenants' part before ranks are summed or gathered. Norms and the rotary embedding are replaced.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ NORM = "input_layernorm"
 
 
 class ServedLinear:
-    """The `quant_method` of a linear layer: the base's, and what tenants add to its outputs on this rank."""
+    """The `quant_method` of a linear layer of 16 bits: its product, and what tenants add to that on this rank."""
 
     def __init__(self, base: Any, step: Step, table: RankTable, names: Sequence[str]) -> None:
         """Finds the layer's rows of the directory.
@@ -52,8 +52,13 @@ class ServedLinear:
 
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[tokens, in_features] to [tokens, all outputs]."""
-        y: torch.Tensor = self.base.apply(layer, x, None)
-        ops.linear(x, y, bias, self.directory, self.widths, self.weights, self.biases, self.in_offset, self.out_offsets)
+        weight: Any = layer.weight
+        if x.is_cuda:
+            y = x.new_empty(x.shape[0], weight.shape[0])
+        else:  # vLLM's CPU build packs weights in its own way
+            y, weight = self.base.apply(layer, x, None), None
+        own = (self.directory, self.widths, self.weights, self.biases, self.in_offset, self.out_offsets)
+        ops.linear(x, y, weight, bias, *own)
         return y
 
     def __getattr__(self, name: str) -> Any:
@@ -83,7 +88,7 @@ class ServedVocabulary:
     def apply(self, layer: nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """[rows, hidden_size] to logits of this rank's tokens; minus infinity for those that a tenant does not know."""
         y: torch.Tensor = self.base.apply(layer, x, bias)
-        if not self.step.active:
+        if not self.step.own_logits:
             return y
         slots = self.step.logit_slots(x)
         known = y[:, : self.rows]  # behind it lies the padding
@@ -100,13 +105,16 @@ class ServedVocabulary:
 
 
 class ServedNorm(nn.Module):
-    """An RMSNorm with the weight of each token's tenant; in front of a block it also weighs a fusion's experts."""
+    """An RMSNorm with the weight of each token's tenant; in front of a block it also weighs a fusion's experts.
 
-    def __init__(self, base: Any, directory: torch.Tensor, gate: torch.Tensor | None) -> None:
-        """`base`: vLLM's norm, whose weight is shared."""
+    In plain torch: torch.compile makes one kernel of it and its neighbours, as of vLLM's own.
+    """
+
+    def __init__(self, base: Any, step: Step, weights: torch.Tensor, gate: torch.Tensor | None) -> None:
+        """`base`: vLLM's norm; `weights`: of all slots, the base's in the last row."""
         super().__init__()
         self.weight, self.variance_epsilon = base.weight, float(base.variance_epsilon)
-        self.directory, self.gate = directory, gate
+        self.weights, self.rows, self.gate = weights, step.settings_rows, gate
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None
@@ -114,7 +122,12 @@ class ServedNorm(nn.Module):
         """[tokens, ..., features] to the same; with a residual, that is added first and the sum returned too."""
         if residual is not None:
             x = x + residual
-        y: torch.Tensor = ops.norm(x, self.weight, self.variance_epsilon, self.directory, self.gate)
+        weight = self.weights[self.rows[: x.shape[0]]].unflatten(0, (-1, *[1] * (x.dim() - 2)))
+        wide = x.float()
+        normal = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.variance_epsilon)
+        y = normal.to(x.dtype) * weight
+        if self.gate is not None:
+            ops.weigh(x, y, self.gate)
         return y if residual is None else (y, x)
 
 
@@ -125,13 +138,17 @@ class ServedRotary(nn.Module):
         """`base`: vLLM's, whose heads these are."""
         super().__init__()
         self.head_size, settings = int(base.head_size), step.arena.settings
-        self.frequencies, self.scale = settings.inverse_frequencies, settings.rotary_scale
+        self.frequencies, self.scale, self.rows = (
+            settings.inverse_frequencies,
+            settings.rotary_scale,
+            step.settings_rows,
+        )
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Positions [tokens], queries and keys [tokens, heads * head_size]."""
-        rows = ops.settings_rows(positions)
+        rows = self.rows[: positions.shape[0]]
         angles = positions.float()[:, None] * self.frequencies[rows]
         scale = self.scale[rows][:, None]
         cos, sin = (angles.cos() * scale).to(query.dtype)[:, None], (angles.sin() * scale).to(query.dtype)[:, None]
@@ -161,6 +178,7 @@ def serve(model: Any, step: Step, table: RankTable) -> None:
     for layer in (model.model.embed_tokens, model.lm_head):
         if id(layer) not in vocabulary:
             vocabulary[id(layer)] = layer.quant_method = ServedVocabulary(layer.quant_method, step, table)
+    weights = _norm_weights(model, step, table)
     rotary: dict[int, ServedRotary] = {}
     for name, module in list(model.named_modules(remove_duplicate=False)):  # one rotary embedding serves all blocks
         parent, _, child = name.rpartition(".")
@@ -170,7 +188,7 @@ def serve(model: Any, step: Step, table: RankTable) -> None:
             module.quant_method = ServedLinear(module.quant_method, step, table, names)
             served.update(names)
         elif type(module).__name__.endswith("RMSNorm"):
-            setattr(owner, child, _norm(module, step, table, name))
+            setattr(owner, child, ServedNorm(module, step, weights[name], _gate(step, table, name)))
             served.add(name)
         elif child == "rotary_emb" and table.model.model.rotary_emb.rope_type not in LENGTH_DEPENDENT:
             if not getattr(module, "is_neox_style", True):
@@ -183,10 +201,18 @@ def serve(model: Any, step: Step, table: RankTable) -> None:
         raise AttachError(f"{min(missing)}: vLLM's {type(model).__name__} has no such layer, so it cannot be served")
 
 
-def _norm(module: Any, step: Step, table: RankTable, name: str) -> ServedNorm:
-    block, _, child = name.rpartition(".")
-    gated = child == NORM and step.fusions and block.startswith(BLOCKS)
-    return ServedNorm(module, _rows(step, table, f"{name}.weight"), _rows(step, table, block) if gated else None)
+def _norm_weights(model: Any, step: Step, table: RankTable) -> dict[str, torch.Tensor]:
+    """Of all norms, [slots + 1, features] by their names: the arena's settings keep them beside its bytes."""
+    norms = {name: module for name, module in model.named_modules() if type(module).__name__.endswith("RMSNorm")}
+    indices = {name: table[f"{name}.weight"].index for name in norms}
+    kept = step.arena.settings.keep({indices[name]: norm.weight.detach() for name, norm in norms.items()})
+    return {name: kept[index] for name, index in indices.items()}
+
+
+def _gate(step: Step, table: RankTable, norm: str) -> torch.Tensor | None:
+    """The directory's row of the gate of the block that a norm stands in front of, if it does and fusions are on."""
+    block, _, child = norm.rpartition(".")
+    return _rows(step, table, block) if child == NORM and step.fusions and block.startswith(BLOCKS) else None
 
 
 def _rows(step: Step, table: RankTable, name: str) -> torch.Tensor:

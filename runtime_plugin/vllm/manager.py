@@ -85,7 +85,8 @@ class TenantManager:
         self._tenants.begin(mapping.index_mapping, mapping.prompt_mapping, adapters)
         if self._warming:  # the run that measures memory has no adapters, and shall see what tenants need
             whole = len(mapping.index_mapping) >= self._tokens
-            self._tenants.warm(whole or any(mapping.index_mapping))
+            fused = whole or self._tenants.step.rehearses_fusions
+            self._tenants.warm(active=whole or any(mapping.index_mapping), fused=fused)
 
     def add_adapter(self, request: Any) -> bool:
         """Loads a tenant, between two steps."""
@@ -143,6 +144,7 @@ class TenantManager:
             yield
         finally:
             self._warming = False
+            self._tenants.warm(active=False, fused=False)
 
     def add_dummy_lora(self, request: Any, rank: int) -> bool:
         """A stand-in for warm-up."""

@@ -11,6 +11,9 @@ tenants. Some of its functions have no such point and are wrapped here, for the 
                                 vLLM answers when it is there, and `preprocess_add_request`, which vLLM calls in the
                                 thread that receives requests, lets a request wait for its tenant's file; steps go on
                                 meanwhile, and if the file is gone, that request alone fails
+    CudagraphDispatcher         captures a graph more of every size, with fusions' kernels, and picks it for a step that
+                                has a fusion; for vLLM it is the graph of two adapters more than a step may have (one
+                                more is its own number for any)
 """
 
 from __future__ import annotations
@@ -18,8 +21,10 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
+from deltaweave.runtime_plugin.vllm.options import Options
 from deltaweave.runtime_plugin.vllm.quantization import NAME, DeltaweaveConfig
 from deltaweave.runtime_plugin.vllm.resolver import register_folder
+from deltaweave.runtime_plugin.vllm.step import Step
 from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 from vllm.v1.core import kv_cache_utils
 
@@ -40,6 +45,7 @@ def install() -> None:
     _wrap_prefix_keys()
     _wrap_manager()
     _wrap_engine()
+    _wrap_graphs()
 
 
 def _wrap_prefix_keys() -> None:
@@ -85,6 +91,34 @@ def _wrap_engine() -> None:
         return stock_preprocess(engine, request)
 
     EngineCoreProc.add_lora, EngineCoreProc.preprocess_add_request = add, preprocess
+
+
+def _wrap_graphs() -> None:
+    from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+
+    stock_cases, stock_dispatch = CudagraphDispatcher._get_lora_cases, CudagraphDispatcher.dispatch
+
+    def fused_case(config: Any) -> int | None:
+        serves = config.model_config.quantization == NAME and config.lora_config is not None
+        return config.lora_config.max_loras + 2 if serves else None
+
+    @wraps(stock_cases)
+    def cases(dispatcher: Any) -> list[int]:
+        found: list[int] = stock_cases(dispatcher)
+        case = fused_case(dispatcher.vllm_config)
+        if case is None or not Options.read(dispatcher.vllm_config.additional_config).fusions:
+            return found
+        dispatcher.specialize_lora_count = True  # it looks for the least case that is no less than a step's number
+        return [*found, case]
+
+    @wraps(stock_dispatch)
+    def dispatch(dispatcher: Any, *arguments: Any, num_active_loras: int = 0, **more: Any) -> Any:
+        case = fused_case(dispatcher.vllm_config)
+        if case is not None:
+            num_active_loras = Step.current.graph_case(num_active_loras, case)
+        return stock_dispatch(dispatcher, *arguments, num_active_loras=num_active_loras, **more)
+
+    CudagraphDispatcher._get_lora_cases, CudagraphDispatcher.dispatch = cases, dispatch
 
 
 def _manager_beside(engine: Any) -> Any:

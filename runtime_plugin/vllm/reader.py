@@ -49,7 +49,7 @@ class _Reading:
 
 
 class TenantReader:
-    """What is being read, and what was and is not taken yet. All of it may be called by any thread."""
+    """What is being read, and what was and is not dropped yet. All of it may be called by any thread."""
 
     def __init__(self, read: Callable[[Adapter], HeldTenant]) -> None:
         """`read`: brings a tenant to host memory, or says why it cannot be served."""
@@ -59,38 +59,38 @@ class TenantReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="deltaweave-reader")
 
     def begin(self, adapter: Adapter) -> Future[HeldTenant]:
-        """Reads a tenant; once, however often it is asked for before it is taken. One that failed is tried again.
+        """Reads a tenant; once, however often it is asked for before it is dropped. One that failed is tried again.
 
         Raises:
             ArenaError: the id is another tenant's.
         """
+        return self._begun(adapter).tenant
+
+    def wait(self, adapter: Adapter) -> tuple[HeldTenant, float]:
+        """The tenant and the seconds that its reading took."""
+        reading = self._begun(adapter)
+        return reading.tenant.result(), reading.seconds
+
+    def finished(self) -> list[Adapter]:
+        """Those that nobody has to wait for."""
+        with self._lock:
+            readings = list(self._readings.values())
+        return [reading.adapter for reading in readings if reading.tenant.done() and not _failed(reading)]
+
+    def drop(self, adapter_id: int) -> bool:
+        """Nobody wants it any more; waits for what is being read. Whether there was one, and it did not fail."""
+        with self._lock:
+            reading = self._readings.pop(adapter_id, None)
+        return reading is not None and reading.tenant.exception() is None
+
+    def _begun(self, adapter: Adapter) -> _Reading:
         with self._lock:
             reading = self._readings.get(adapter.id)
             if reading is None or _failed(reading):
                 reading = self._readings[adapter.id] = _Reading(adapter, Future())
                 self._thread.submit(self._run, reading)
             reading.adapter.require_same(adapter)
-            return reading.tenant
-
-    def take(self, adapter: Adapter) -> tuple[HeldTenant, float]:
-        """The tenant and the seconds that its reading took; waits for it, and is done with it, though it failed."""
-        tenant = self.begin(adapter)
-        try:
-            return tenant.result(), self._readings[adapter.id].seconds
-        finally:
-            self.drop(adapter.id)
-
-    def finished(self) -> list[Adapter]:
-        """Those that could be taken now."""
-        with self._lock:
-            readings = list(self._readings.values())
-        return [reading.adapter for reading in readings if reading.tenant.done() and not _failed(reading)]
-
-    def drop(self, adapter_id: int) -> bool:
-        """Nobody wants it any more; waits for what is being read. Whether there was one that could be taken."""
-        with self._lock:
-            reading = self._readings.pop(adapter_id, None)
-        return reading is not None and reading.tenant.exception() is None
+            return reading
 
     def _run(self, reading: _Reading) -> None:
         began = time.monotonic()

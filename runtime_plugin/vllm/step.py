@@ -11,6 +11,7 @@ import torch
 from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import Arena, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
+from deltaweave.runtime_plugin.pytorch.ops_cuda import StartedDelta
 from numpy.typing import NDArray
 
 __all__ = ["Step"]
@@ -18,6 +19,8 @@ __all__ = ["Step"]
 # Rows of the table of slots: of the step's tokens, of those that are sampled, of the tokens in `SlotSettings` (where
 # the base has the last row), and one for each place of a gate.
 TOKENS, SAMPLED, SETTINGS, EXPERTS = range(4)
+# Measured up to here: 7, 1 and 0.4 % of a step's time at 1, 8 and 32 tenants (benchmarks/README.md).
+MOST_BESIDE = 32
 
 
 class Step:
@@ -28,10 +31,14 @@ class Step:
     Attributes:
         arena: of the slots.
         slots: int32 [tokens], of the step's tokens; -1 is the base, and so are tokens that only fill a graph up.
-        active: whether some token has a tenant. Ops look at it when they run or are captured; vLLM captures graphs with
-            and without tenants apart, and replays the one that fits.
+        active: whether some token has a tenant. Ops look at this, and at `fused`, when they run or are captured: there
+            are graphs for the base alone, for deltas, and for fusions among them, and the one that fits is replayed.
+        fused: whether one of these tenants is a fusion.
+        own_logits: whether one of them computes or knows other tokens than the base.
+        rehearses_fusions: whether stand-ins of the warm-up step to come are fusions.
         fusions: whether tenants may be fusions.
         places: of a gate, those at which deltas may be experts.
+        most_beside: the most tokens of a step whose deltas begin beside the base's product, on a stream of their own.
         settings_rows: int32 [tokens], the same as rows of the arena's settings.
         current: the process's step. Ops find it here: torch.compile sees them as functions of their arguments alone.
     """
@@ -49,7 +56,8 @@ class Step:
         """
         device = arena.buffer.device
         self.arena = arena
-        self.active = False
+        self.most_beside = MOST_BESIDE
+        self.active = self.fused = self.own_logits = self.rehearses_fusions = False
         self.fusions = fusions
         self.places = range(delta_experts if fusions else 0)
         self._rows = torch.full((EXPERTS + len(self.places), tokens), -1, dtype=torch.int32, device=device)
@@ -60,10 +68,17 @@ class Step:
         self._sampled_plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self._weights = torch.zeros(tokens, MAX_EXPERTS, dtype=torch.float32, device=device)
         self._sampled: int | None = 0
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         Step.current = self
 
     def choose(
-        self, tokens: NDArray[np.int32], sampled: NDArray[np.int32], experts: Sequence[NDArray[np.int32]] = ()
+        self,
+        tokens: NDArray[np.int32],
+        sampled: NDArray[np.int32],
+        experts: Sequence[NDArray[np.int32]] = (),
+        *,
+        fused: bool = False,
+        own_logits: bool = True,
     ) -> None:
         """Whose the tokens of the step to come are; the host does not wait.
 
@@ -71,6 +86,8 @@ class Step:
             tokens: slot of each token, -1 for the base.
             sampled: slot of each row whose logits are wanted first.
             experts: for each of `places`, slot of each token's expert there.
+            fused: whether a fusion is among the tenants.
+            own_logits: whether the base's logits are not those of all tenants, given what they make of hidden states.
         """
         rows = np.full(tuple(self._rows.shape), -1, np.int32)
         for place, values in zip(
@@ -79,9 +96,20 @@ class Step:
             rows[place, : len(values)] = values
         rows[SETTINGS] = np.where(rows[TOKENS] < 0, self.arena.directory.shape[1], rows[TOKENS])
         self.active = bool((rows[TOKENS] >= 0).any())
+        self.fused, self.own_logits = self.active and fused, self.active and own_logits
         self._sampled = len(sampled)
         table = torch.from_numpy(rows)
         self._rows.copy_(table.pin_memory() if self._rows.is_cuda else table, non_blocking=True)
+
+    def graph_case(self, adapters: int, fused_case: int) -> int:
+        """The number of adapters under which vLLM shall look for a step's CUDA graph, once the step is chosen.
+
+        Args:
+            adapters: of the step; in warm-up, the number whose graph is captured next.
+            fused_case: a number that no step has, for the graphs with fusions' kernels.
+        """
+        self.rehearses_fusions = adapters == fused_case
+        return fused_case if adapters and self.fused else adapters
 
     def lay_out(self, tokens: int) -> None:
         """Groups the step's tokens by slot; comes first in a step, and is captured with it."""
@@ -90,7 +118,7 @@ class Step:
         count = self.arena.directory.shape[1]
         for number, part in enumerate(self.parts(tokens)):
             ops.plan(self.slots[part], count, self._plans[0, number])
-            for place in self.places:
+            for place in self.places if self.fused else ():
                 ops.plan(self._rows[EXPERTS + place, part], count, self._plans[1 + place, number])
 
     def parts(self, tokens: int) -> Iterator[slice]:
@@ -100,10 +128,26 @@ class Step:
 
     def weigh(self, x: torch.Tensor, directory: torch.Tensor) -> None:
         """Reads a block's input [tokens, hidden_size]; the block's layers use the weights after it."""
-        if not (self.active and self.fusions):
+        if not self.fused:
             return
         for part in self.parts(len(x)):
             ops.gate(self.arena.buffer, directory, self.slots[part], x[part], 0, self._weights[part])
+
+    def start(
+        self,
+        x: torch.Tensor,
+        widths: Sequence[int],
+        directory: torch.Tensor,
+        parameters: Sequence[int],
+        in_offset: int,
+        out_offsets: Sequence[int],
+    ) -> StartedDelta | None:
+        """Starts the part of `add` that can run beside the base's product, if it is worth it; widths are of the ys."""
+        if not self.active or self._side is None or len(x) > self.most_beside:
+            return None
+        arena, plan = self.arena, self._plans[0, 0]
+        fixed = (parameters, arena.max_rank, in_offset, out_offsets)
+        return StartedDelta(arena.buffer, directory, plan, x, widths, *fixed, self._side)
 
     def add(
         self,
@@ -113,6 +157,7 @@ class Step:
         parameters: Sequence[int],
         in_offset: int,
         out_offsets: Sequence[int],
+        started: StartedDelta | None = None,
     ) -> None:
         """Adds deltas and weighed experts of layers of a decoder block that read x; all [tokens, features]."""
         if not self.active:
@@ -121,8 +166,11 @@ class Step:
         fixed = (parameters, arena.max_rank, in_offset, out_offsets)
         for number, part in enumerate(self.parts(len(x))):
             inputs, outputs, plan = x[part], [y[part] for y in ys], self._plans[0, number]
-            ops.delta_gemm(arena.buffer, directory, plan, inputs, outputs, *fixed)
-            if not self.fusions:
+            if started is None:
+                ops.delta_gemm(arena.buffer, directory, plan, inputs, outputs, *fixed)
+            else:
+                started.add_to(outputs)
+            if not self.fused:
                 continue
             weights = self._weights[part]
             ops.gated_lora(arena.buffer, directory, plan, inputs, outputs, weights, *fixed)

@@ -7,12 +7,15 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 import torch
 from deltaweave.runtime_plugin.library import ArenaFullError
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError
 from deltaweave.runtime_plugin.pytorch.arena import HeldTenant, OpenStep
+from deltaweave.runtime_plugin.pytorch.tenant import Tenant
+from deltaweave.runtime_plugin.tables import EMBEDDING, HEAD
 from deltaweave.runtime_plugin.vllm.metrics import TenantCounts
 from deltaweave.runtime_plugin.vllm.reader import Adapter, TenantReader
 from deltaweave.runtime_plugin.vllm.step import Step
@@ -44,9 +47,12 @@ class Tenants:
         self._at_once, self._most, self._accept_base = at_once, most, accept_base
         self._adapters: OrderedDict[int, Adapter] = OrderedDict()  # the least recently used first
         self._sizes: dict[int, int] = {}  # of all that may be asked for, forgotten ones too
+        self._own_logits: set[int] = set()  # of those in host memory, whose logits are not the base's
         self._idle: set[int] = set()  # stand-ins of warm-up: they compute as the base
         self._open: OpenStep | None = None
         self._reader = TenantReader(self._read)
+        # Else a thread that has just seen no tenant of an id could begin to read it again when it is there.
+        self._handing_over = Lock()
 
     @property
     def arena(self) -> Arena:
@@ -67,9 +73,10 @@ class Tenants:
         Raises:
             ArenaError: the id is another tenant's.
         """
-        known = self._adapters.get(adapter.id)
-        if known is None:
-            return self._reader.begin(adapter)
+        with self._handing_over:
+            known = self._adapters.get(adapter.id)
+            if known is None:
+                return self._reader.begin(adapter)
         known.require_same(adapter)
         return None
 
@@ -139,11 +146,18 @@ class Tenants:
             self.add(wanted)
         slots = self._resident(served) if served else {}
         experts = [self._experts(served, place) for place in self.step.places]
-        self.step.choose(_slots(tokens, slots), _slots(sampled, slots), [_slots(tokens, found) for found in experts])
+        self.step.choose(
+            _slots(tokens, slots),
+            _slots(sampled, slots),
+            [_slots(tokens, found) for found in experts],
+            fused=any(self.arena[str(adapter_id)].is_fusion for adapter_id in served),
+            own_logits=not self._own_logits.isdisjoint(served),
+        )
 
-    def warm(self, active: bool) -> None:
-        """For a step of stand-ins: whether the tenants' kernels run, as they would with tenants."""
-        self.step.active = active
+    def warm(self, *, active: bool, fused: bool) -> None:
+        """For a step of stand-ins: whether the tenants' kernels run, as they would with tenants, and fusions' too."""
+        self.step.active = self.step.own_logits = active
+        self.step.fused = active and fused and self.step.fusions
 
     def _read(self, adapter: Adapter) -> HeldTenant:
         """In the reader's thread, one tenant after another; steps go on and see nothing of it."""
@@ -153,12 +167,22 @@ class Tenants:
         return held
 
     def _admit(self, adapter: Adapter) -> None:
-        held, seconds = self._reader.take(adapter)
-        self.arena.admit(held)
-        self._adapters[adapter.id] = adapter
+        try:
+            held, seconds = self._reader.wait(adapter)
+            self.arena.admit(held)
+            if self._has_own_logits(held.tenant):
+                self._own_logits.add(adapter.id)
+            with self._handing_over:
+                self._adapters[adapter.id] = adapter
+        finally:
+            self._reader.drop(adapter.id)
         self.counts.loaded(seconds)
         while len(self._adapters) > self._most:
             self._forget(next(iter(self._adapters)))
+
+    def _has_own_logits(self, tenant: Tenant) -> bool:
+        base, head = self.arena.table[EMBEDDING].shape[0], self.arena.table[HEAD].index
+        return tenant.vocabulary != base or any(record.parameter == head for record in tenant.records)
 
     def _require_servable(self, adapter: Adapter, held: HeldTenant) -> None:
         tenant = held.tenant
@@ -183,6 +207,7 @@ class Tenants:
 
     def _forget(self, adapter_id: int) -> None:
         del self._adapters[adapter_id]
+        self._own_logits.discard(adapter_id)
         self.arena.remove(str(adapter_id))
 
     def _resident(self, ids: Sequence[int]) -> dict[int, int]:

@@ -137,9 +137,9 @@ def test_ops_have_fakes():
         table = torch.empty(100, 16, dtype=torch.bfloat16)
         embedded = vllm_ops.embed(torch.empty(tokens, dtype=torch.int64), table, directory)
         assert embedded.shape == (tokens, 16) and embedded.dtype == torch.bfloat16
-        assert vllm_ops.norm(embedded, table[0], 1e-5, directory, None).shape == embedded.shape
+        assert vllm_ops.weigh(embedded, embedded, directory) is None
         y = torch.empty(tokens, 24, dtype=torch.bfloat16)
-        assert vllm_ops.linear(embedded, y, None, directory, [8, 16], [0, 1], [], 0, [0, 0]) is None
+        assert vllm_ops.linear(embedded, y, None, None, directory, [8, 16], [0, 1], [], 0, [0, 0]) is None
 
 
 REGISTERED = """
@@ -176,6 +176,32 @@ for name in ("create_lora_manager", "set_active_adapters", "add_adapter", "remov
 from deltaweave.runtime_plugin.vllm.stats import TenantStatLogger
 from vllm.v1.metrics.loggers import StatLoggerBase
 assert issubclass(TenantStatLogger, StatLoggerBase)
+from deltaweave.runtime_plugin.vllm.step import Step
+from vllm.config import CUDAGraphMode
+from vllm.v1.cudagraph_dispatcher import CudagraphDispatcher
+def dispatcher(quantization, fusions):
+    return CudagraphDispatcher(SimpleNamespace(
+        compilation_config=SimpleNamespace(
+            cudagraph_mode=CUDAGraphMode.FULL, cudagraph_specialize_lora=True, cudagraph_capture_sizes=[1, 2],
+            max_cudagraph_capture_size=2, compile_sizes=None),
+        model_config=SimpleNamespace(quantization=quantization), speculative_config=None,
+        scheduler_config=SimpleNamespace(max_num_seqs=2),
+        lora_config=SimpleNamespace(max_loras=4, specialize_active_lora=False),
+        additional_config={"deltaweave": {"fusions": fusions}}))
+def cases(found):
+    found.initialize_cudagraph_keys(CUDAGraphMode.FULL)
+    return sorted({key.num_active_loras for key in found.cudagraph_keys[CUDAGraphMode.FULL]})
+def case(found, adapters):
+    mode, key = found.dispatch(num_tokens=1, has_lora=adapters > 0, num_active_loras=adapters)
+    assert mode == CUDAGraphMode.FULL
+    return key.num_active_loras
+other, without, ours = (dispatcher(*kind) for kind in ((None, True), ("deltaweave", False), ("deltaweave", True)))
+assert cases(other) == cases(without) == [0, 5] and cases(ours) == [0, 5, 6]
+Step.current = step = Step.__new__(Step)
+for step.fused, expected in ((False, [0, 5, 5, 5, 6]), (True, [0, 6, 6, 6, 6])):
+    assert [case(ours, adapters) for adapters in (0, 1, 4, 5, 6)] == expected
+step.fused = False
+assert [case(found, adapters) for found in (other, without) for adapters in (0, 3, 5)] == [0, 5, 5] * 2
 print("registered")
 """
 

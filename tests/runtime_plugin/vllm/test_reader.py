@@ -33,14 +33,15 @@ def disk():
     disk.allowed.set()
 
 
-def test_nobody_waits_but_who_takes(disk):
+def test_nobody_waits_but_who_wants_to(disk):
     reader = TenantReader(disk)
     reading = reader.begin(MATH)
     assert reader.begin(MATH) is reading and not reading.done() and reader.finished() == []
     disk.allowed.set()
-    tenant, seconds = reader.take(MATH)
+    tenant, seconds = reader.wait(MATH)
     assert tenant == "held math" and seconds >= 0 and disk.read == ["math"]
-    assert reader.finished() == []
+    assert reader.wait(MATH)[0] is tenant and reader.finished() == [MATH]
+    assert reader.drop(MATH.id) and reader.finished() == []
     reader.begin(MATH).result(WAIT)
     assert disk.read == ["math", "math"] and reader.finished() == [MATH]
 
@@ -60,9 +61,9 @@ def test_a_failure_is_told_to_who_asks_and_tried_again(disk):
         reader.begin(MATH).result(WAIT)
     assert reader.begin(CODE).result(WAIT) == "held code" and reader.finished() == [CODE]
     with pytest.raises(FormatError, match="math: not readable"):
-        reader.take(MATH)
+        reader.wait(MATH)
     disk.missing.clear()
-    assert reader.take(MATH)[0] == "held math"
+    assert reader.wait(MATH)[0] == "held math"
 
 
 def test_an_id_stands_for_one_tenant(disk):
@@ -71,4 +72,4 @@ def test_an_id_stands_for_one_tenant(disk):
     with pytest.raises(ArenaError, match="adapter 1 is 'math' and was to be 'code' of /tenants/code too"):
         reader.begin(Adapter(1, "code", CODE.path))
     disk.allowed.set()
-    assert reader.take(MATH)[0] == "held math"
+    assert reader.wait(MATH)[0] == "held math"

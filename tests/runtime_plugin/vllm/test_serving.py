@@ -3,12 +3,14 @@
 
 import itertools
 import shutil
+import threading
 from dataclasses import replace
 
 import pytest
 import torch
 from deltaweave.formats import DeltaExpert, DeltaReference, FormatError, write_fusion
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError
+from deltaweave.runtime_plugin.pytorch import ops as step_ops
 from deltaweave.runtime_plugin.vllm.layers import serve
 from deltaweave.runtime_plugin.vllm.options import Options, arena_bytes
 from deltaweave.runtime_plugin.vllm.step import Step
@@ -147,6 +149,45 @@ def test_fusions(tmp_path, ranks):
     check(server, ["three", "deltas", "one", "fixed"], lambda name, tokens: alone(family, name, tokens), FUSED)
 
 
+def test_fusions_cost_only_steps_that_have_one(tmp_path, monkeypatch):
+    """And the graph that vLLM replays is of the same kind: warm-up's stand-ins are what its number says."""
+    family = make(tmp_path)
+    server = Server(family)
+    server.add("three", write(family, "three"))
+    server.add("one", family.deltas["one"])
+    [step], [tenants] = server.steps, server.tenants
+    called = []
+
+    def counted(op, real):
+        monkeypatch.setattr(step_ops, op, lambda *arguments: (called.append(op), real(*arguments)))
+
+    counted("gate", step_ops.gate)
+    counted("gated_lora", step_ops.gated_lora)
+    for names, fused in ((["one", None], False), (["three", "one"], True), ([None], False)):
+        check(server, names, lambda name, tokens: alone(family, name, tokens), FUSED)
+        assert bool(called) == step.fused == fused
+        called.clear()
+    for number, fused in ((6, True), (5, False), (0, False)):  # four tenants at once: 5 is vLLM's number for any
+        assert step.graph_case(number, 6) == number and step.rehearses_fusions == fused
+    for name, fused in (("three", True), ("one", False)):
+        tenants.begin([server.paths[name].id], [server.paths[name].id], {})
+        assert step.graph_case(1, 6) == (6 if fused else 1) and step.graph_case(0, 6) == 0
+
+
+def test_logits_are_left_alone_where_no_tenant_changes_them(tmp_path):
+    family = Family.make(tmp_path)
+    family.add("inner", seed=1, embeddings=False)
+    family.add("outer", seed=2)
+    server = Server(family)
+    for name, path in family.deltas.items():
+        server.add(name, path)
+    for names, own in ((["inner", None], False), (["inner", "outer"], True), ([None], False)):
+        check(server, names, family.alone)
+        assert server.steps[0].own_logits == own
+    server.tenants[0].remove(server.paths["outer"].id)
+    check(server, ["inner"], family.alone)
+
+
 def test_steps_longer_than_a_kernel_takes(tmp_path, monkeypatch):
     """Parts of 8 tokens instead of 2048."""
     monkeypatch.setattr("deltaweave.runtime_plugin.vllm.step.MAX_TOKENS", 8)
@@ -225,6 +266,31 @@ def test_read_ahead(many):
     assert tenants.ids == {7, 8} and tenants.counts.loads == 3
 
 
+@pytest.mark.parametrize("late", [False, True], ids=["before it is there", "behind that"])
+def test_read_ahead_beside_the_thread_that_admits(many, monkeypatch, late):
+    """A request may ask for a tenant in any moment of its admission: it is not read, nor admitted, a second time."""
+    server = Server(many)
+    [tenants] = server.tenants
+    adapter = server.paths["t0"] = Adapter(1, "t0", str(many.deltas["t0"]))
+    admit, asked = tenants.arena.admit, []
+
+    def beside(held):
+        if late:
+            admit(held)
+        thread = threading.Thread(target=lambda: asked.append(tenants.read_ahead(adapter)))
+        thread.start()
+        thread.join()
+        if not late:
+            admit(held)
+
+    monkeypatch.setattr(tenants.arena, "admit", beside)
+    tenants.add(adapter)
+    assert asked[0] is None or asked[0].result(10)
+    assert tenants.read_ahead(adapter) is None
+    check(server, ["t0", None], many.alone)
+    assert tenants.counts.loads == 1 and tenants.ids == {1}
+
+
 def test_what_cannot_be_read_ahead_fails_alone(many, tmp_path):
     server = Server(many)
     server.add("t0", many.deltas["t0"])
@@ -280,7 +346,7 @@ def test_unknown_ids_and_stand_ins(many):
     tenants.stand_in(9)
     tenants.begin([9, 0], [9], {})
     assert not tenants.step.active and (tenants.step.slots == -1).all()
-    tenants.warm(True)
+    tenants.warm(active=True, fused=True)
     assert tenants.step.active
     tenants.clear_stand_ins()
     assert tenants.ids == set()
