@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from step_kernels import SKIPPED, TRACED, begin_trace, end_trace
 from turns import all_gpus, turn
 
 __all__ = ["NEW", "REQUESTS", "SEQUENCES"]
 
 SEQUENCES = (1, 8, 32)
-SHORT, LONG = 16, 144
-TRACED = 48
+SHORT, LONG = 16, 80
 COLD = 6
 CACHE_GIB = 4.5
 REQUESTS, PROMPT, NEW = 64, 128, 128
@@ -94,26 +94,31 @@ def measure(arguments: argparse.Namespace, server: str) -> None:
     one_gpu = len(arguments.gpus) == 1
     if server == "stock":
         with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
-            speeds(llm, base, notes, server)
+            steps(llm, base, notes, server)
+            answers(llm, base, notes, server)
             notes.add(server, pair_step_ms=step_ms(llm, 2, base[:2]), copy_gb_s=copy_rate())
             if one_gpu:
                 trace(llm, base, notes, server)
         return
     source = arguments.folder / ("lora" if server == "lora256" else "delta.safetensors")
-    first = "fusions" if server == "deltaweave" else server
     with turn(arguments.folder, fcntl.LOCK_SH, arguments.gpus):
-        adapters = loaded(llm, source, notes, first)
+        adapters = loaded(llm, source, notes, server)
     with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
-        speeds(llm, adapters, notes, first)
+        steps(llm, adapters, notes, server)
+        answers(llm, adapters, notes, server)
         for count in (1, max(SEQUENCES)):
-            notes.add(first, base_step_ms={str(count): step_ms(llm, count, base[:count])})
-        if server == "deltaweave":
-            for place, milliseconds in cold(llm, adapters, source):
-                notes.add(first, first_token_ms={place: milliseconds})
-            llm.collective_rpc(without_fusions)
-            speeds(llm, adapters, notes, server)
+            notes.add(server, base_step_ms={str(count): step_ms(llm, count, base[:count])})
         if one_gpu:
             trace(llm, adapters, notes, server)
+        if server != "deltaweave":
+            return
+        for place, milliseconds in cold(llm, adapters, source):
+            notes.add(server, first_token_ms={place: milliseconds})
+        for name, change in (("one_stream", on_one_stream), ("fusions", beside_a_fusion)):
+            llm.collective_rpc(change)
+            steps(llm, adapters, notes, name)
+            if one_gpu:
+                trace(llm, adapters, notes, name)
 
 
 def loaded(llm: Any, source: Path, notes: Notes, name: str) -> list[Any]:
@@ -130,63 +135,46 @@ def loaded(llm: Any, source: Path, notes: Notes, name: str) -> list[Any]:
     return adapters
 
 
-def without_fusions(worker: Any) -> None:
-    """In the worker: serves deltas alone from now on, as a server that was started with fusions off."""
+def on_one_stream(worker: Any) -> None:
+    """In the worker: deltas wait for the base's product from now on; CUDA graphs are captured again."""
     from deltaweave.runtime_plugin.vllm.step import Step
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
-    Step.current.fusions, Step.current.places = False, range(0)
-    if not Step.current.arena.buffer.is_cuda:
-        return
-    CUDAGraphWrapper.clear_all_graphs()
-    worker.model_runner.capture_model()
+    Step.current.most_beside = 0
+    if Step.current.arena.buffer.is_cuda:
+        CUDAGraphWrapper.clear_all_graphs()
+        worker.model_runner.capture_model()
 
 
-def speeds(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
+def beside_a_fusion(worker: Any) -> None:
+    """In the worker: steps of deltas run fusions' kernels from now on, as when one of the tenants is a fusion."""
+    from deltaweave.runtime_plugin.vllm.step import Step
+
+    choose = Step.choose
+
+    def chosen(step: Step, *arguments: Any, **more: Any) -> None:
+        choose(step, *arguments, **more)
+        step.fused = step.active
+
+    Step.choose = chosen  # type: ignore[method-assign]
+
+
+def steps(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
     for count in SEQUENCES:
         notes.add(name, step_ms={str(count): step_ms(llm, count, adapters[:count])})
+
+
+def answers(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
     notes.add(name, tokens_per_s=throughput(llm, adapters))
     notes.add(name, first_token_ms={"base": first_token_ms(llm, [None] * 3)})
 
 
 def trace(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
-    """What a decode step's time on the device goes into, by kernels."""
-    for count in SEQUENCES:
-        short, long = (traced(llm, count, adapters[:count], 2 + steps) for steps in (0, TRACED))
-        step = {kernel: (long[kernel] - short.get(kernel, 0.0)) / TRACED for kernel in long}
-        most = sorted(step, key=step.__getitem__, reverse=True)
-        notes.add(name, kernels_us={str(count): {kernel: round(step[kernel], 1) for kernel in most[:16]}})
-        notes.add(name, kernels_sum_us={str(count): round(sum(step.values()), 1)})
-
-
-def traced(llm: Any, count: int, adapters: list[Any], tokens: int) -> dict[str, float]:
-    llm.collective_rpc(begin_trace)
-    timed(llm, count, adapters, tokens)
-    found: dict[str, float] = llm.collective_rpc(end_trace)[0]
-    return found
-
-
-def begin_trace(worker: Any) -> None:
-    """In the worker."""
-    import torch
-
-    worker.deltaweave_trace = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    if torch.cuda.is_available():
-        worker.deltaweave_trace.start()
-
-
-def end_trace(worker: Any) -> dict[str, float]:
-    """In the worker: microseconds of each kernel since then."""
-    import torch
-
-    found: dict[str, float] = {}
-    if not torch.cuda.is_available():
-        return found
-    torch.cuda.synchronize()
-    worker.deltaweave_trace.stop()
-    for event in worker.deltaweave_trace.key_averages():
-        found[event.key[:120]] = found.get(event.key[:120], 0.0) + event.device_time_total
-    return found
+    """What a decode step's time on the device goes into."""
+    for count in (1, max(SEQUENCES)):
+        llm.collective_rpc(begin_trace, args=(count,))
+        timed(llm, count, adapters[:count], SKIPPED + TRACED + 4)
+        notes.add(name, profile={str(count): llm.collective_rpc(end_trace)[0]})
 
 
 def prompts(count: int, length: int = 32) -> list[Any]:

@@ -6,9 +6,10 @@
 Weights are random (the dummy loader); deltas have the bands that `compress --ratio 1/16` chooses. Each server runs in a
 process of its own: the stock one, ours, vLLM's LoRA at rank 256 on every projection. All start at the same time for
 which there is room, each on the GPU that has most of it (`--ranks` GPUs); nobody measures before the others have
-started, and servers of one GPU measure in turn. Ours is measured with fusions' kernels, as it starts, and then without
-them: its CUDA graphs are captured again. A decode step is the difference of two runs, of 16 and 144 new tokens, over
-128; prompts have 32 tokens of their own. Figures are written as they come, and kept if a server's time is over.
+started, and servers of one GPU measure in turn. Ours is measured with deltas, then with all work on one stream, then
+so with the kernels that a step of deltas runs when one of the tenants is a fusion. A decode step is the difference of
+two runs, of 16 and 80 new tokens, over 64; prompts have 32 tokens of their own. Figures are written as they come, and
+kept if a server's time is over.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def finish(arguments: argparse.Namespace, server: str, status: int) -> dict[str,
     if status:
         found["ended_with"] = status
     print(server, json.dumps(found), flush=True)
-    names = ("deltaweave", "fusions") if server == "deltaweave" else (server,)
+    names = ("deltaweave", "one_stream", "fusions") if server == "deltaweave" else (server,)
     return {name: found[name] | {"graphs_gib": found.get("graphs_gib")} for name in names if name in found}
 
 
@@ -222,22 +223,28 @@ def plot(results: dict[str, Any], file: Path) -> None:
 
     names = {
         "stock": "vLLM, base alone",
-        "fusions": "deltaweave",
-        "deltaweave": "deltaweave, fusions off",
+        "deltaweave": "deltaweave",
+        "one_stream": "deltaweave, one stream",
+        "fusions": "deltaweave, beside a fusion",
         "lora256": "vLLM's LoRA, rank 256",
     }
-    complete = {name: found for name, found in results["servers"].items() if "tokens_per_s" in found}
+    complete = {
+        name: found for name, found in results["servers"].items() if len(found.get("step_ms", {})) == len(SEQUENCES)
+    }
     servers = {name: complete[name] for name in names if name in complete}
     if not servers:
         return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, found in servers.items():
+        if name == "one_stream":  # too near to be told from ours
+            continue
         left.plot(SEQUENCES, [found["step_ms"][str(count)] for count in SEQUENCES], marker="o", label=names[name])
-    left.set(xscale="log", xlabel="sequences, each with a tenant of its own", ylabel="decode step, ms", ylim=(0, None))
+    left.set(xscale="log", yscale="log", xlabel="sequences, each with a tenant of its own", ylabel="decode step, ms")
     left.set_xticks(SEQUENCES, map(str, SEQUENCES))
+    left.set_yticks(marks := (5, 10, 20, 50, 100), map(str, marks))
     left.minorticks_off()
     left.legend(frameon=False)
-    bars = {names[name]: found["tokens_per_s"] for name, found in servers.items()}
+    bars = {names[name]: found["tokens_per_s"] for name, found in servers.items() if "tokens_per_s" in found}
     if "merged_swap" in results:
         bars["merged models,\nswapped (computed)"] = results["merged_swap"]["tokens_per_s"]
     drawn = right.barh(list(bars), list(bars.values()), height=0.6)

@@ -14,6 +14,7 @@ import pytest
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "vllm"
 sys.path.insert(0, str(SCRIPTS))
 from speed import take, with_room  # noqa: E402
+from step_kernels import shares  # noqa: E402
 from turns import turn_file  # noqa: E402
 
 BEGIN = """
@@ -110,3 +111,22 @@ def test_servers_go_where_there_is_most_room() -> None:
     take(free, "stock", ["1"], sign=-1)
     assert with_room(free, "stock", 2, alone=False) == ["0", "1"]
     assert with_room({"0": 0.0}, "stock", 1, alone=True) == ["0"]
+
+
+def test_a_step_is_made_of_its_kernels_and_gaps() -> None:
+    """Two steps of 100 us: a product, a kernel that begins before its end, a gap of 10, sampling; what lies outside."""
+    events = [("sample_ArgMax", -20.0, 0.0), ("before", -30.0, -20.0)]
+    for start in (0.0, 100.0):
+        events += [("product", start, start + 50.0), ("early", start + 40.0, start + 70.0)]
+        events += [("sample_ArgMax", start + 80.0, start + 100.0)]
+    found = shares([*events, ("after", 200.0, 230.0)])
+    assert found["step_us"] == 100 and found["gaps_us"] == 10 and found["launches"] == 3
+    assert {
+        kernel["name"]: (kernel["us"], kernel["gap_before_us"], kernel["duration_us"]) for kernel in found["kernels"]
+    } == {
+        "product": (50, 0, 50),
+        "early": (20, 0, 30),
+        "sample_ArgMax": (20, 10, 20),
+    }
+    assert sum(kernel["us"] + kernel["gap_before_us"] for kernel in found["kernels"]) == found["step_us"]
+    assert "note" in shares([("product", 0.0, 1.0)])
