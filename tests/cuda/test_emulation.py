@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -103,6 +104,25 @@ def test_bits_depend_on_slot_and_x_alone(emulated, tokens):
     assert torch.equal(first, setup.run()[0])
     others = torch.where(mine, 0, 2 * (slots - 1) - 1).int()  # the base, and slot 1 instead of 2
     assert torch.equal(first[mine], setup.run(slots=others)[0][mine])
+
+
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_halves_give_the_same_bits(emulated, tokens):
+    """Stage 1 without y, cut for a part of the GPU; then stage 2."""
+    case = Case(tokens=tokens, slots=[0, 2, -1, 1] * 3, in_features=1152, outs=(300, 77))
+    setup = Setup(emulated, replace(case, slots=case.slots[:tokens]), "cpu")
+    step = Step(setup.arena, setup.slots)
+    ys = [torch.zeros(tokens, out, dtype=setup.x.dtype) for out in case.outs]
+    step.make_plan()
+    gemm, workspace = step.product(setup.x, list(enumerate(ys)))
+    for place in range(len(ys)):
+        gemm.slices[place].y = None
+    emulated.delta_shrink(gemm)
+    for place, y in enumerate(ys):
+        gemm.slices[place].y = y.data_ptr()
+    emulated.delta_expand(gemm)
+    assert workspace.numel() == gemm.workspace_bytes
+    assert all(torch.equal(y, whole) for y, whole in zip(ys, setup.run(), strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "in_features"), [(11, 1152), (DENSE, 256)], ids=["decode", "prefill"])
