@@ -22,7 +22,7 @@ unsigned char* const shared_memory =
 namespace {
 
 constexpr size_t kStackBytes = 96 << 10;
-constexpr long kMostTurns = 200'000'000;  // of a block's fibers: more than any test needs
+constexpr long kMostTurns = 5'000'000;  // of a block's fibers: fifty times what a test needs
 
 struct Fiber {
   ucontext_t context;
