@@ -72,8 +72,8 @@ DECODE = {
 }
 
 HEADS = {
-    "usual": (Head(tokens=14, features=384, rows=203), "float16"),
-    "odd sizes": (Head(tokens=14, features=331, rows=75), "bfloat16"),
+    "usual": (Head(tokens=14, features=1024, rows=75), "float16"),
+    "odd sizes": (Head(tokens=14, features=331, rows=203), "bfloat16"),
     "odd shard": (Head(tokens=14, features=200, rows=64, in_offset=56), "float16"),
     "many tokens": (Head(tokens=44, features=256, rows=64, chunk=128), "float16"),
 }
