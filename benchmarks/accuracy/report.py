@@ -139,7 +139,7 @@ def _plot(points: list[_Point], curve: Callable[..., None], label: str, path: Pa
                     for inverse in sorted({point.inverse for point in mine})
                 ]
                 if ratios:
-                    curve(axis, ratios, {"color": _colour(index), "fmt": f"{_marker(index)}-", "markersize": 5})
+                    curve(axis, ratios, {"color": series_colour(index), "fmt": f"{_marker(index)}-", "markersize": 5})
             axis.set(title=task, xscale="log", xlim=(7, 80), xlabel="16-bit bytes over stored bytes")
             axis.set_xticks([8, 16, 32, 64], labels=["8", "16", "32", "64"], minor=False)
             axis.minorticks_off()
@@ -147,7 +147,9 @@ def _plot(points: list[_Point], curve: Callable[..., None], label: str, path: Pa
         for axis in axes:
             axis.set_ylim(min(low for low, _ in limits), max(high for _, high in limits))
         axes[0].set(ylabel=label)
-        handles = [Line2D([], [], color=_colour(i), marker=_marker(i), label=name) for i, name in enumerate(methods)]
+        handles = [
+            Line2D([], [], color=series_colour(i), marker=_marker(i), label=name) for i, name in enumerate(methods)
+        ]
         axes[-1].legend(handles=handles, fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1))
         to_png(figure, path)
 
@@ -174,10 +176,6 @@ def _sizes(ratios: list[list[_Point]]) -> list[float]:
 
 def _lost(cells: Cells, key: str, count: int) -> tuple[float, float]:
     return lost(cells[f"{_tuning(key)} tuned"], cells[key], count)
-
-
-def _colour(index: int) -> str:
-    return series_colour(index)
 
 
 def _marker(index: int) -> str:
