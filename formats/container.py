@@ -142,7 +142,8 @@ def _parse(data: memoryview, path: Path | str) -> tuple[dict[str, str], dict[str
         raise FormatError(f"{path}: {len(data)} bytes, too short for a header")
     length = int.from_bytes(data[:8], "little")
     if 8 + length > len(data):
-        raise FormatError(f"{path}: header of {length} bytes in a file of {len(data)}")
+        what = "not a safetensors file, or only a part of one"
+        raise FormatError(f"{path}: {what}: header of {length} bytes in a file of {len(data)}")
     if length > MAX_HEADER:
         raise FormatError(f"{path}: header of {length} bytes, expected at most {MAX_HEADER}")
     header = parse_json(bytes(data[8 : 8 + length]), f"{path}: header")
