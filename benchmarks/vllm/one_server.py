@@ -94,8 +94,8 @@ def measure(arguments: argparse.Namespace, server: str) -> None:
     one_gpu = len(arguments.gpus) == 1
     if server == "stock":
         with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
-            steps(llm, base, notes, server)
             answers(llm, base, notes, server)
+            steps(llm, base, notes, server)
             notes.add(server, pair_step_ms=step_ms(llm, 2, base[:2]), copy_gb_s=copy_rate())
             if one_gpu:
                 trace(llm, base, notes, server)
@@ -104,8 +104,8 @@ def measure(arguments: argparse.Namespace, server: str) -> None:
     with turn(arguments.folder, fcntl.LOCK_SH, arguments.gpus):
         adapters = loaded(llm, source, notes, server)
     with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
-        steps(llm, adapters, notes, server)
         answers(llm, adapters, notes, server)
+        steps(llm, adapters, notes, server)
         for count in (1, max(SEQUENCES)):
             notes.add(server, base_step_ms={str(count): step_ms(llm, count, base[:count])})
         if one_gpu:
@@ -201,6 +201,7 @@ def step_ms(llm: Any, count: int, adapters: list[Any]) -> float:
 def throughput(llm: Any, adapters: list[Any]) -> float:
     """New tokens a second: 64 requests of 128 tokens and 128 new ones, over all tenants in turn."""
     whose = [adapters[row % len(adapters)] for row in range(REQUESTS)]
+    timed(llm, REQUESTS, whose, 2, PROMPT)  # kernels are compiled where they are first needed
     return REQUESTS * NEW / timed(llm, REQUESTS, whose, NEW, PROMPT)
 
 

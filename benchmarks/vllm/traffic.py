@@ -7,7 +7,7 @@ WORK is what `fine_tunes.py` wrote, or `tiny_fine_tunes.py` for vLLM's CPU build
 --dtype bfloat16"`). Its three deltas get twelve names; four fit on the device at a time and eight in host memory, so
 that most requests bring a tenant back from there or from its file. One more name is loaded, asked and unloaded all
 the time, each time with another file. Every answer must be the one that the name's fine-tune gives. Memory of the
-server's processes and of the device is read every ten seconds.
+server's processes and of the device is read every ten seconds, and told with the counts so far.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ class Server:
 
     def memory(self) -> dict[str, float]:
         """MiB of all processes of the server: resident, and on the device; -1 for what cannot be read."""
-        group, resident, processes = os.getpgid(self._process.pid), 0, set()
+        group, resident, processes = self._process.pid, 0, set()  # it began a session, so it leads its group
         for status in Path("/proc").glob("[0-9]*/status"):
             try:
                 if os.getpgid(int(status.parent.name)) == group:
@@ -263,10 +263,14 @@ class Traffic:
     def _watcher(self) -> None:
         """Memory as it goes: what is only warm-up comes to an end."""
         began = time.monotonic()
-        while (now := time.monotonic()) < self.end:
+        while True:
+            now = time.monotonic()
             self.memory.append({"second": round(now - began), **self.server.memory()})
-            time.sleep(min(WATCH, max(0.0, self.end - now)))
-        self.memory.append({"second": round(time.monotonic() - began), **self.server.memory()})
+            found = {"wrong": len(self.wrong), "errors": len(self.errors)}
+            print(json.dumps({**self.memory[-1], **self.counts, **found}), flush=True)
+            if now >= self.end:
+                return
+            time.sleep(min(WATCH, self.end - now))
 
     def _writer(self) -> None:
         """Long texts of the base and the fusion, so that decode steps are always under way."""
