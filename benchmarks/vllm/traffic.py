@@ -165,8 +165,8 @@ class Server:
                 continue
         query = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
         found = subprocess.run(query, capture_output=True, text=True, check=False) if shutil.which(query[0]) else None
-        apps = [line.split(", ") for line in found.stdout.splitlines()] if found else []
-        device = [int(used) for process, used in apps if process in processes and used.isdecimal()]
+        apps = [line.partition(", ") for line in found.stdout.splitlines()] if found else []
+        device = [int(used) for process, _, used in apps if process in processes and used.isdecimal()]
         return {"host_mib": resident / 1024, "device_mib": sum(device) if device else -1}
 
 
