@@ -114,7 +114,7 @@ def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=getattr(torch, dtype)).eval().to(device)
     arena = Arena.for_model(model, capacity_bytes=1 << 29, slots=8)
     for name, path in arguments.family.files.items():
-        arena.add(path, name)
+        arena.add(path, name, accept_base=True)  # float16 rounds the smallest values of a bfloat16 base
     asked = [Request(tokens, tenant, arguments.tokens) for tenant, tokens, _ in requests(arguments)]
     with (
         torch.no_grad(),
