@@ -6,18 +6,21 @@
 WORK is what `fine_tunes.py` wrote, or `tiny_fine_tunes.py` for vLLM's CPU build (`--modes eager-bfloat16`). Each
 engine runs in a process of its own. Where texts part, the first difference is told with vLLM's gap between the two
 tokens' log-probabilities: near zero, it is the noise of another order of sums. The noise itself is measured as well:
-vLLM's texts one by one against those of the batch.
+vLLM's texts one by one against those of the batch. How far a format's rounding goes is told by the prompts: the root
+mean square of what their tokens' log-probabilities are from those of the reference op on a CPU, in float32.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +42,7 @@ MODES = {
     "graphs-bfloat16": {"dtype": "bfloat16"},
     "graphs-float16": {"dtype": "float16"},
 }
+REFERENCE = "float32"
 RIGHT_GAP = 0.15
 
 
@@ -53,13 +57,16 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.part:
         kind, _, mode = arguments.part.partition(":")
-        found = pytorch_texts(arguments, mode) if kind == "pytorch" else vllm_texts(arguments, MODES[mode])
+        if kind == "pytorch":
+            found = reference_scores(arguments) if mode == REFERENCE else pytorch_texts(arguments, mode)
+        else:
+            found = vllm_texts(arguments, MODES[mode])
         Path(arguments.output).write_text(json.dumps(found))
         return
     from results_file import circumstances, write_result
 
     hosts = [f"pytorch:{dtype}" for dtype in dict.fromkeys(MODES[mode]["dtype"] for mode in arguments.modes)]
-    names = [*hosts, *(f"vllm:{mode}" for mode in arguments.modes)]
+    names = [f"pytorch:{REFERENCE}", *hosts, *(f"vllm:{mode}" for mode in arguments.modes)]
     with ThreadPoolExecutor(len(names) if arguments.together else 1) as pool:
         parts = {name: pool.submit(part, arguments, name) for name in names}
         rows = []
@@ -68,7 +75,10 @@ def main() -> None:
             if expected is None or found is None:
                 rows.append({"mode": mode, "error": "a process failed, see its output"})
                 continue
-            rows.append({"mode": mode, "ranks": arguments.ranks, **compared(expected, found, arguments)})
+            row = compared(expected, found, arguments)
+            if (exact := parts[f"pytorch:{REFERENCE}"].result()) is not None:
+                row["prompt_error"] = prompt_errors(exact["prompt_logprobs"], found["prompt_logprobs"], arguments)
+            rows.append({"mode": mode, "ranks": arguments.ranks, **row})
             print(json.dumps({key: value for key, value in rows[-1].items() if key != "parted"}), flush=True)
     import torch
 
@@ -124,6 +134,30 @@ def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
         return {"texts": [completion.tokens for completion in decoder.run(asked)]}
 
 
+def reference_scores(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Log-probabilities of the prompts' tokens, each tenant alone on the model, in float32 on a CPU."""
+    import torch
+    from deltaweave.formats import open_tenant
+    from deltaweave.runtime_plugin.pytorch import attach
+    from torch import nn
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32).eval()
+    asked, found = requests(arguments), {}
+    for tenant in dict.fromkeys(tenant for tenant, _, _ in asked):
+        with ExitStack() as stack:
+            if tenant is not None:
+                opened = stack.enter_context(open_tenant(arguments.family.file(tenant)))
+                stack.enter_context(attach(model, opened, accept_base=True))
+            stack.enter_context(torch.no_grad())
+            own = {place: torch.tensor(tokens) for place, (whose, tokens, _) in enumerate(asked) if whose == tenant}
+            padded = nn.utils.rnn.pad_sequence(list(own.values()), batch_first=True)  # behind all that is looked at
+            scores = model(padded).logits.log_softmax(-1)
+            for row, (place, tokens) in zip(scores, own.items(), strict=True):
+                found[place] = row[: len(tokens) - 1].gather(1, tokens[1:, None])[:, 0].tolist()
+    return {"prompt_logprobs": [found[place] for place in range(len(asked))]}
+
+
 def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str, Any]:
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
     from vllm import LLM, SamplingParams
@@ -174,6 +208,19 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
             [next(iter(step.values())).logprob for step in output.prompt_logprobs[1:]] for output in prompt_scores
         ],
         "start_s": started,
+    }
+
+
+def prompt_errors(
+    exact: list[list[float]], found: list[list[float]], arguments: argparse.Namespace
+) -> dict[str, dict[str, float]]:
+    """Of each tenant, and of the base."""
+    errors: dict[str, list[float]] = {}
+    for (tenant, _, _), right, scores in zip(requests(arguments), exact, found, strict=True):
+        errors.setdefault(tenant or "base", []).extend(abs(a - b) for a, b in zip(right, scores, strict=True))
+    return {
+        name: {"rms": math.sqrt(sum(error**2 for error in all_of) / len(all_of)), "largest": max(all_of)}
+        for name, all_of in errors.items()
     }
 
 
