@@ -4,19 +4,16 @@
     python benchmarks/accuracy/experiment.py --base DIR --folder WORK --output benchmarks/results/accuracy.json
 
 A cell is a fine-tune, or one method at one ratio for one fine-tune; finished cells are files in WORK, and the same
-command goes on from there. A process decomposes a fine-tune's delta once for all its cells. Processes can share the
-work (`--tunings german`, `--seeds 1`, ...); the command above at last gathers everything. Cells that matter most come
-first, and `--seconds` ends the run between two cells.
+command goes on from there. A process decomposes a fine-tune's delta once for all its cells, and what its vectors are
+worth is measured once. Processes can share the work (`--tunings german`, `--seeds 1`, ...); the command above at last
+gathers everything. Cells that matter most come first, and `--seconds` ends the run between two cells.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import math
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,12 +31,12 @@ from deltaweave.converter import (
     tuned_names,
     tuned_tensor,
 )
-from deltaweave.converter.svd import short_vectors
 from deltaweave.formats import Delta, DenseRecord, FactoredRecord, record_bytes
 from finetune import encode, replies, score_answers
 from problems import SKILLS, Item
 from report import bits_of, print_tables, save_plots, summary
 from results_file import circumstances, write_result
+from shared import Shared
 from tuning import TUNINGS, Tuning, spectrum, tune, write_calibration
 
 from deltaweave.models import load_checkpoint, load_tokenizer
@@ -150,30 +147,6 @@ class Laboratory:
         return load_checkpoint(folder, torch.float32).to(self.device).eval()
 
 
-class Decompositions:
-    """Every projection's singular vectors, kept between the compressions of one fine-tune."""
-
-    def __init__(self) -> None:
-        self._kept: dict[tuple[Any, ...], torch.Tensor] = {}
-
-    @contextmanager
-    def shared(self) -> Iterator[None]:
-        """Inside, the converter's `short_vectors` looks here first."""
-        converter: Any = importlib.import_module("deltaweave.converter.decompositions")
-        before = converter.short_vectors
-        converter.short_vectors = self._short_vectors
-        try:
-            yield
-        finally:
-            converter.short_vectors = before
-
-    def _short_vectors(self, delta: torch.Tensor, rank: int) -> torch.Tensor:
-        key = (*delta.shape, delta.double().sum().item(), delta.double().square().sum().item())
-        if key not in self._kept:
-            self._kept[key] = short_vectors(delta, min(delta.shape))
-        return self._kept[key][:rank]
-
-
 class FineTune:
     """One fine-tune and everything that is measured of it."""
 
@@ -181,7 +154,7 @@ class FineTune:
         self._lab, self.folder, self.tuning, self.seed = lab, folder, tuning, seed
         self._tuned: Any = None
         self._candidate: Any = None
-        self._decompositions = Decompositions()
+        self._shared = Shared(folder)
 
     @property
     def lab(self) -> Laboratory:
@@ -255,7 +228,7 @@ class FineTune:
             policies=policies,
             device=lab.device,
         )
-        with self._decompositions.shared():
+        with self._shared.inside():
             compress(lab.base, self.tuned_folder, path, compression, force=True, restart=True)
 
     def _assembled(self, delta: Delta) -> Any:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The accuracy laboratory once over a tiny model, with a method that needs no calibration and two that do."""
 
+import importlib
 import importlib.util
 import json
 import statistics
@@ -9,22 +10,54 @@ import sys
 from pathlib import Path
 
 import pytest
-from helpers import tiny_checkpoint
+from deltaweave.converter import CompressionOptions, Recipe, compress
+from helpers import perturbed, tiny_checkpoint
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "accuracy" / "experiment.py"
 
 
+def load(name, monkeypatch):
+    spec = importlib.util.spec_from_file_location(f"accuracy_{name}", SCRIPT.with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # where dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_accuracy_lost_is_counted_item_by_item(monkeypatch):
-    spec = importlib.util.spec_from_file_location("accuracy_report", SCRIPT.with_name("report.py"))
-    report = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, report)  # where dataclasses look their module up
-    spec.loader.exec_module(report)
+    report = load("report", monkeypatch)
     tuned, cell = [False, True, True, True, False, True], [False, False, True, False, True, True]
     cells = ({"held_out_right": report.bits_of(right)} for right in (tuned, cell))
     share, error = report.lost(*cells, len(tuned))
     differences = [mine - theirs for mine, theirs in zip(tuned, cell, strict=True)]
     assert share == pytest.approx(statistics.mean(differences))
     assert error == pytest.approx(statistics.pstdev(differences) / len(tuned) ** 0.5)
+
+
+def test_what_cells_share_changes_no_byte(tmp_path, monkeypatch):
+    base = tiny_checkpoint(tmp_path / "base")
+    tuned, text = perturbed(base, tmp_path / "tuned"), tmp_path / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog 0123456789. " * 8)
+    measuring, measured = importlib.import_module("deltaweave.converter.measuring"), []
+    layer_tables = measuring.Measurement._layer_tables
+
+    def counted(*arguments):
+        measured.append(arguments)
+        return layer_tables(*arguments)
+
+    monkeypatch.setattr(measuring.Measurement, "_layer_tables", counted)
+
+    def made(name, ratio, **changes):
+        options = CompressionOptions(Recipe.preset("optimal", ratio=ratio, **changes), str(text), 4, 32)
+        return compress(base, tuned, tmp_path / name, options).read_bytes()
+
+    wanted = [(1 / 2, {}), (1 / 4, {}), (1 / 4, {"sensitivity": "fisher"})]
+    alone = [made(f"alone-{index}", ratio, **changes) for index, (ratio, changes) in enumerate(wanted)]
+    measured.clear()
+    with load("shared", monkeypatch).Shared(tmp_path).inside():
+        shared = [made(f"shared-{index}", ratio, **changes) for index, (ratio, changes) in enumerate(wanted)]
+    assert shared == alone
+    assert len(measured) == 2 * 2  # two layers, for either sensitivity
 
 
 @pytest.mark.slow
