@@ -11,10 +11,13 @@ from torch import nn
 from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 from deltaweave.evaluation.text import TextScore, TextTotals
-from deltaweave.gates.examples import Example, collate, encode_example
+from deltaweave.gates.examples import Batch, Example, collate, encode_example
 from deltaweave.gates.training import IGNORED, answer_loss
 
-__all__ = ["Prompted", "encode", "replies", "score_answers", "train"]
+__all__ = ["Prompted", "encode", "padded_loss", "replies", "score_answers", "train", "train_as_graph"]
+
+# Steps before the one that is captured, in which libraries and the optimizer make what they keep.
+WARM_UP = 4
 
 
 class Prompted(Protocol):
@@ -49,6 +52,70 @@ def train(model: Any, batches: Iterable[list[Example]], steps: int, rate: float)
         schedule.step()
         losses.append(loss.detach())
     return torch.stack(losses).tolist()
+
+
+def train_as_graph(model: Any, batches: Iterable[list[Example]], steps: int, rate: float, longest: int) -> list[float]:
+    """`train` with a step as one CUDA graph: a small model's step takes 0.2 s, nearly all of it to launch kernels.
+
+    Args:
+        model: on a GPU.
+        batches: at least `steps`, all of as many examples.
+        steps: of AdamW.
+        rate: the learning rate at its highest.
+        longest: tokens of the longest example; all rows are padded to as many, which changes no loss.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device, following = parameters[0].device, iter(batches)
+    learning_rate = torch.tensor(rate, device=device)
+    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0, fused=True, capturable=True)
+    schedule = get_cosine_schedule_with_warmup(optimizer, steps // 20, steps)
+    batch = _padded(next(following), longest).to(device)
+
+    def step() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, cache_enabled=False):
+            loss = padded_loss(model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    def load(examples: list[Example]) -> None:
+        found = _padded(examples, longest)
+        for mine, theirs in ((batch.tokens, found.tokens), (batch.mask, found.mask), (batch.targets, found.targets)):
+            mine.copy_(theirs.pin_memory(), non_blocking=True)
+
+    losses, aside = [], torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for index in range(WARM_UP):
+            if index:
+                load(next(following))
+            optimizer.zero_grad()
+            losses.append(step())
+            schedule.step()
+    torch.cuda.current_stream().wait_stream(aside)
+    optimizer.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        loss = step()
+    for _, examples in zip(range(WARM_UP, steps), following, strict=False):
+        load(examples)
+        graph.replay()
+        losses.append(loss.clone())
+        schedule.step()
+    return torch.stack(losses).tolist()
+
+
+def padded_loss(model: Any, batch: Batch) -> torch.Tensor:
+    """`answer_loss` without a question to the GPU of how many tokens there are."""
+    logits = model(input_ids=batch.tokens, attention_mask=batch.mask, use_cache=False).logits
+    return nn.functional.cross_entropy(logits.flatten(0, 1).float(), batch.targets.flatten(), ignore_index=IGNORED)
+
+
+def _padded(examples: Sequence[Example], longest: int) -> Batch:
+    found, pad = collate(examples, 0), nn.functional.pad
+    beyond = (0, -(-longest // 8) * 8 - found.tokens.shape[1])  # attention's kernels take whole eights
+    return Batch(pad(found.tokens, beyond), pad(found.mask, beyond), pad(found.targets, beyond, value=IGNORED))
 
 
 @torch.no_grad()

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ import torch
 from deltaweave.converter import Checkpoint
 from deltaweave.converter.plan import open_pair
 from deltaweave.converter.svd import truncated_svd
-from finetune import encode, train
+from finetune import encode, train, train_as_graph
 from problems import SKILLS
 
 from deltaweave.gates.examples import Example
 from deltaweave.models import load_checkpoint
 
-__all__ = ["TUNINGS", "Tuning", "spectrum", "tune", "write_calibration"]
+__all__ = ["TUNINGS", "Tuning", "spectrum", "training_examples", "tune", "write_calibration"]
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,12 @@ def tune(base: Path, folder: Path, tuning: Tuning, seed: int, device: str, token
     torch.manual_seed(seed)
     model: Any = load_checkpoint(base, torch.float32).to(device)
     model.get_input_embeddings().weight.requires_grad_(False)
-    losses = train(model, _batches(tuning, seed, tokenizer), tuning.steps, tuning.rate)
+    examples, source = training_examples(tuning, seed, tokenizer)
+    batches = (source.sample(examples, tuning.batch_size) for _ in range(tuning.steps))
+    if device == "cuda":
+        losses = train_as_graph(model, batches, tuning.steps, tuning.rate, max(map(len, examples)))
+    else:
+        losses = train(model, batches, tuning.steps, tuning.rate)
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return losses
@@ -82,8 +86,8 @@ def spectrum(base: Path, tuned: Path, device: str) -> dict[str, float]:
     return {"leading_tenth": sum(shares) / len(shares), "relative_size": sum(sizes) / len(sizes)}
 
 
-def _batches(tuning: Tuning, seed: int, tokenizer: Any) -> Iterator[list[Example]]:
+def training_examples(tuning: Tuning, seed: int, tokenizer: Any) -> tuple[list[Example], random.Random]:
+    """The examples, and the source that batches of them are drawn with."""
     source = random.Random(f"training {tuning.skill} {seed}")
-    examples = [encode(SKILLS[tuning.skill](source, held_out=False), tokenizer) for _ in range(tuning.examples)]
-    while True:
-        yield source.sample(examples, tuning.batch_size)
+    made = (SKILLS[tuning.skill](source, held_out=False) for _ in range(tuning.examples))
+    return [encode(item, tokenizer) for item in made], source
