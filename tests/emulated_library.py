@@ -31,7 +31,7 @@ KERNELS = (
 HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "no_cuda")
 # An instruction by its first words, a file, and C++ that means the same.
 INSTRUCTIONS = (
-    ("expand.cu", "bar.sync", "emulation::wait_at(team + 1, 32 * kTeam);"),
+    ("expand_shares.cuh", "prefetch", ""),
     ("fragment.cuh", "mma.sync", "emulation::multiply(d, a, b0, b1);"),
     ("fragment.cuh", "lop3", "selected = (bits & mask) | exponent;"),
     ("prefill_item.cuh", "bar.sync", "emulation::wait_at(1, 32 * kConsumers);"),

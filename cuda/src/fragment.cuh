@@ -1,9 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one warp does with one block of codes (layout.h) in shared memory: unpack it to fragments of
-// packed halves and multiply. Unpacking is one bitwise select a pair: a code at mantissa position p
-// under the exponent whose unit sits at p reads as 2^(10-p) + code. That bias is not subtracted
-// from the weights but from the sums: one more product, with the biases for weights, gives what all
-// rows must lose (a matrix of pairs j has the same bias in every row).
+// What one warp does with one block of codes (layout.h) in shared memory: unpack it and multiply.
+//
+// To integers, for few tokens: a lane's word holds its codes at the same place of every byte, so
+// that one AND gives four codes times a power of two, an operand of m16n8k32 (place(), integers()).
+// Tokens are two signed bytes a value, hi and lo: columns 2t and 2t + 1. Sums are exact.
+//
+// To halves, for more tokens, levels and 16 bits: one bitwise select a pair. A code at mantissa
+// position p under the exponent whose unit sits at p reads as 2^(10-p) + code. That bias is not
+// subtracted from the weights but from the sums: one more product, with the biases for weights,
+// gives what all rows must lose (a matrix of pairs j has the same bias in every row).
 #ifndef DELTAWEAVE_SRC_FRAGMENT_CUH_
 #define DELTAWEAVE_SRC_FRAGMENT_CUH_
 
@@ -27,6 +32,15 @@ __device__ __forceinline__ void multiply(float (&d)[4], const uint32_t (&a)[4], 
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// The same of bytes, m16n8k32: a unsigned, b signed.
+__device__ __forceinline__ void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0,
+                                         uint32_t b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
 __device__ __forceinline__ uint32_t bits_of(__half2 pair) {
   return *reinterpret_cast<const uint32_t*>(&pair);
 }
@@ -34,9 +48,10 @@ __device__ __forceinline__ __half2 pair_of(uint32_t bits) {
   return *reinterpret_cast<const __half2*>(&bits);
 }
 
-// Where pair j of a lane lies: word, bit of the low code (the high one is 16 further), and the
-// shift that brings it to a mantissa position with a small bias. Pairs j and j + 1 (j even) share
-// that position.
+// Where pair j = 4 * product + register of a lane lies: word, bit of the low code (the high one is
+// 16 further), and the shift that brings it to a mantissa position with a small bias. Pairs j and
+// j + 1 (j even) share that position. Registers 0 and 2 are of one row and 1 and 3 of another
+// (layout.h), and lie in the same place of neighbouring bytes.
 struct Spot {
   int word, bit, shift;  // shift > 0: to the right
   DW_HD constexpr int position() const { return bit - shift; }
@@ -44,39 +59,45 @@ struct Spot {
 
 template <int kBits>
 DW_HD constexpr Spot spot(int j) {
-  if (kBits == 1) {
-    constexpr int kBit[16] = {4, 10, 5, 11, 6, 12, 7, 13, 8, 14, 9, 15, 0, 1, 2, 3};
-    constexpr int kShift[16] = {0, 6, 0, 6, 0, 6, 0, 6, 0, 6, 0, 6, -6, -5, -6, -5};
-    return {j / 16, kBit[j % 16], kShift[j % 16]};
-  }
-  if (kBits == 2) {
-    constexpr int kBit[8] = {4, 10, 6, 12, 8, 14, 0, 2};
-    constexpr int kShift[8] = {0, 6, 0, 6, 0, 6, -8, -6};
-    return {j / 8, kBit[j % 8], kShift[j % 8]};
-  }
-  if (kBits == 3) {  // ten pairs fill two words but for bits 15 and 31, where pairs 30 and 31 lie
-                     // (spare_pair)
-    constexpr int kBit[10] = {3, 9, 6, 12, 3, 9, 6, 12, 0, 0};
-    constexpr int kShift[10] = {0, 6, 0, 6, 0, 6, 0, 6, -6, -6};
-    constexpr int kWord[10] = {0, 0, 0, 0, 1, 1, 1, 1, 0, 1};
-    return j < 30 ? Spot{2 * (j / 10) + kWord[j % 10], kBit[j % 10], kShift[j % 10]}
-                  : Spot{0, 0, -6};
-  }
+  const int f = j / 4, r = j % 4;
   if (kBits == 16) return {j, 0, 0};
-  if (kBits == 4) return {j / 4, 4 * (j % 4), 4 * (j % 4) - 4};
-  return {j / 2, 8 * (j % 2), 8 * (j % 2)};
+  if (kBits == 8) return {2 * f + r % 2, r / 2 * 8, r / 2 * 8};
+  if (kBits == 3) {  // six products have a word each, and the last two what these leave (spare_of)
+    constexpr int kBit[4] = {0, 3, 8, 11};
+    return f < 6 ? Spot{f, kBit[r], kBit[r] - 3} : Spot{3 * (f - 6), 5 + r / 2 * 8, r / 2 * 8};
+  }
+  constexpr int kProducts = 4 / (kBits < 4 ? kBits : 4);  // a word
+  return {f / kProducts, kBits * (f % kProducts) + 4 * r, 4 * r - 4};
+}
+
+// Of 3 bits, products 6 and 7: a row's codes at bits 5 to 7 of every byte, of which three words
+// leave bits 6 and 7.
+__device__ __forceinline__ uint32_t spare_of(const uint32_t* words, int f, int row) {
+  const uint32_t* three = words + 3 * (f - 6);
+  return (three[2 * row] & 0xc0c0c0c0u) | (three[1] >> (1 + row) & 0x20202020u);
 }
 
 // Pair j's codes at spot<kBits>(j).position() of both halves, other bits present.
 template <int kBits>
 __device__ __forceinline__ uint32_t locate(const uint32_t* words, int j) {
-  if (kBits == 3 && j >= 30) {
-    const uint32_t* spare = words + 3 * (j - 30);
-    return (spare[0] >> 9 & 0x00400040u) | (spare[1] >> 8 & 0x00800080u) |
-           (spare[2] >> 7 & 0x01000100u);
-  }
   const Spot at = spot<kBits>(j);
-  return at.shift >= 0 ? words[at.word] >> at.shift : words[at.word] << -at.shift;
+  const uint32_t word = kBits == 3 && j >= 24 ? spare_of(words, j / 4, j % 2) : words[at.word];
+  return at.shift >= 0 ? word >> at.shift : word << -at.shift;
+}
+
+// The codes of product f in row 0 or 1 of a lane's two as unsigned bytes: registers `row` and `row
+// + 2`, in the order low, low, high, high. They are codes times 2^place<kBits>(f, row).
+template <int kBits>
+DW_HD constexpr int place(int f, int row) {
+  return spot<kBits>(4 * f + row).bit % 8;
+}
+template <int kBits>
+__device__ __forceinline__ uint32_t integers(const uint32_t* words, int f, int row) {
+  static_assert(kBits <= 8, "bytes");
+  if (kBits == 8) return words[2 * f + row];
+  if (kBits == 3 && f >= 6) return spare_of(words, f, row);
+  constexpr uint32_t kMask = ((1u << kBits) - 1) * 0x01010101u;
+  return words[spot<kBits>(4 * f).word] & kMask << place<kBits>(f, row);
 }
 
 // (bits & mask) | exponent in one instruction: the compiler splits it when both are constants.
@@ -84,6 +105,43 @@ __device__ __forceinline__ uint32_t select(uint32_t bits, uint32_t mask, uint32_
   uint32_t selected;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(selected) : "r"(bits), "r"(mask), "r"(exponent));
   return selected;
+}
+
+// The larger place of a row's products.
+template <int kBits>
+DW_HD constexpr int most_place(int row) {
+  int most = 0;
+  for (int f = 0; f < 8; ++f) most = place<kBits>(f, row) > most ? place<kBits>(f, row) : most;
+  return most;
+}
+
+// Values as signed steps of one size, of which the largest magnitude has kMostSteps: two signed
+// bytes, hi * 256 + lo. What is not finite leaves a size of NaN.
+struct Steps {
+  static constexpr float kMostSteps = 32512.f;  // 127 * 256: rounding up may add some
+  float size = 0.f, in_one = 0.f;               // in_one: steps
+
+  __device__ __forceinline__ explicit Steps(uint32_t largest_bits) {
+    const float largest = __uint_as_float(largest_bits);
+    if (!(largest < __uint_as_float(0x7f800000u))) size = __uint_as_float(0x7fc00000u);
+    if (!(largest > 1e-30f) || size != 0.f) return;  // NaN is not 0
+    size = largest * (1.f / kMostSteps);
+    in_one = __fdividef(kMostSteps, largest);
+  }
+
+  // The whole steps of a value, plus kOffset. Its low 16 bits are those of the steps.
+  static constexpr uint32_t kOffset = 0x4b400000;  // as a float 1.5 * 2^23
+  static __device__ __forceinline__ uint32_t bits(float value, float in_one) {
+    return __float_as_uint(fmaf(value, in_one, 12582912.f));
+  }
+};
+
+// lo, and hi, of two numbers of steps in the low two bytes.
+__device__ __forceinline__ uint32_t low_bytes(uint32_t first, uint32_t second) {
+  return __byte_perm(first, second, 0x0040);
+}
+__device__ __forceinline__ uint32_t high_bytes(uint32_t first, uint32_t second) {
+  return __byte_perm(first + 128, second + 128, 0x0051);
 }
 
 // Whether a band's codes are read with a bias: 16-bit values are not codes, levels are looked up.

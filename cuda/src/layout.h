@@ -6,7 +6,7 @@
 // weights that one warp feeds to eight m16n8k16 products. A block is
 //
 //     codes   lanes x 8*bits bytes     64 codes a lane: 32 pairs, pair j = 4 * product + register
-//     grid    v: ranks x (scale, zero)    u: fours of ranks x (4 scales, 4 zeros)
+//     grid    v: ranks x (scale, zero)    u: pairs of ranks x (2 scales, 2 zeros)
 //             fp16; absent with 16 bits; a codebook has zero = 0
 //
 // padded to 16 bytes. A lane's 8*bits bytes are cut into 16-byte vectors (and an 8-byte one for 1
@@ -30,6 +30,7 @@
 //     [0]  the largest |scale| of u as the kernels see it: as stored, and 1 for a 16-bit band
 //     [1]  2^-s, which undoes it on the sums; 1 if all of u is zero
 //     [2]  a bound on |sigma * v|, for prefill
+//     [8..15]  of each band what [0] is of all
 //
 // A fusion's LORA record lies as a factored one does whose bands are the experts: A as v, B as u,
 // the experts' scales as sigma. A MIX record's header, float[64]: [0..7] the bias, [8] the
@@ -52,6 +53,7 @@ namespace dw {
 constexpr int kGroup = 128;           // features of a block, and the smallest group of a grid
 constexpr int kMaxBlockBytes = 2112;  // 16 ranks of 8 bits with their grid
 constexpr int kHeaderBytes = DW_ALIGNMENT;
+constexpr int kHeaderBands = 8;  // of a factored record's header: the first band's number
 constexpr int kMixNumbers = DW_MAX_EXPERTS + 1;  // of a MIX record's header: bias, temperature
 
 DW_HD int64_t round_up(int64_t value, int64_t multiple) {
@@ -111,6 +113,7 @@ DW_HD int plan_chunks(int tokens) {
 
 // Tokens of a chunk: what the decode kernels hold in registers, and a tile of the prefill kernels.
 constexpr int kDecodeTokens = 8;
+constexpr int kFewTokens = 4;  // of a chunk: they are multiplied as integers (fragment.cuh)
 constexpr int kPrefillTokens = 128;
 // The default by launch bucket.
 DW_HD int default_chunk(int tokens) { return tokens <= 256 ? kDecodeTokens : kPrefillTokens; }

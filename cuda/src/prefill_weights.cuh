@@ -158,19 +158,6 @@ __device__ __forceinline__ void read_v(Fragments& a, const unsigned char* first,
 
 // ---- U^ ---------------------------------------------------------------------------------------
 
-// The bit of pair j's low code in its word, and the word (fragment.cuh, spot); of 3 bits j < 30.
-template <int kBits>
-DW_HD int bit_of(int j) {
-  if (kBits == 1) return static_cast<int>(0x3210F9E8D7C6B5A4ull >> 4 * (j % 16) & 15);
-  if (kBits == 2) return static_cast<int>(0x20E8C6A4u >> 4 * (j % 8) & 15);
-  if (kBits == 3) return static_cast<int>(0x00C693C693ull >> 4 * (j % 10) & 15);
-  return kBits * (j % (16 / kBits));
-}
-template <int kBits>
-DW_HD int word_of(int j) {
-  return kBits == 3 ? 2 * (j / 10) + (0x2F0 >> j % 10 & 1) : j * kBits / 16;
-}
-
 // Where a select finds the codes: as high as their halves allow, for a small bias.
 template <int kBits>
 constexpr int kPosition = kBits == 8   ? 0
@@ -190,29 +177,23 @@ __device__ __forceinline__ void locate_pairs(uint32_t (&pairs)[4], const unsigne
     return *reinterpret_cast<const uint32_t*>(block + at);
   };
   const auto rotated = [](uint32_t bits, int right) { return __funnelshift_r(bits, bits, right); };
-  if constexpr (kBits == 3) {
+  if constexpr (kBits == 8) {
+#pragma unroll
+    for (int r = 0; r < 4; ++r) pairs[r] = word(2 * q + r % 2) >> r / 2 * 8;
+  } else if (kBits == 3 && q >= 6) {
+    const int first = 3 * (q - 6);
+    const uint32_t three[3] = {word(first), word(first + 1), word(first + 2)};
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      const int j = 4 * q + r;
-      if (j < 30) {
-        pairs[r] = rotated(word(word_of<3>(j)), bit_of<3>(j) - kPosition<3>);
-      } else {
-        const int spare = 3 * (j - 30);
-        pairs[r] = (word(spare) >> 9 & 0x00400040u) | (word(spare + 1) >> 8 & 0x00800080u) |
-                   (word(spare + 2) >> 7 & 0x01000100u);
-      }
+      pairs[r] = rotated(spare_of(three, 6, r % 2), 5 + r / 2 * 8 - kPosition<kBits>);
     }
-  } else if constexpr (kBits == 8) {
-    const uint32_t low = word(2 * q), high = word(2 * q + 1);
-    pairs[0] = low;
-    pairs[1] = low >> 8;
-    pairs[2] = high;
-    pairs[3] = high >> 8;
   } else {
-    const uint32_t bits = word(word_of<kBits>(4 * q));
+    const Spot first = spot<kBits>(4 * q);
+    const uint32_t bits = word(first.word);
 #pragma unroll
     for (int r = 0; r < 4; ++r) {
-      pairs[r] = rotated(bits, bit_of<kBits>(4 * q + r) - kPosition<kBits>);
+      const int bit = first.bit + spot<kBits>(r).bit - spot<kBits>(0).bit;
+      pairs[r] = rotated(bits, bit - kPosition<kBits>);
     }
   }
 }
@@ -225,11 +206,11 @@ __device__ __forceinline__ void unpack_u(uint32_t (&a)[4], const unsigned char* 
   const bool present = c < quads;
   const uint4 grid =
       *reinterpret_cast<const uint4*>(block + u_code_bytes(kBits, ranks) + 16 * from);
-  const __half2 scale[2] = {pair_of(present ? grid.x : 0), pair_of(present ? grid.y : 0)};
+  const __half2 scale[2] = {pair_of(present ? grid.x : 0), pair_of(present ? grid.z : 0)};
   __half2 offset[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    offset[i] = __hneg2(__hmul2(scale[i], pair_of(present ? (i == 0 ? grid.z : grid.w) : 0)));
+    offset[i] = __hneg2(__hmul2(scale[i], pair_of(present ? (i == 0 ? grid.y : grid.w) : 0)));
   }
   uint32_t pairs[4];
   locate_pairs<kBits>(pairs, block, static_cast<int>(threadIdx.x) / 32 * quads + from, 8 * quads);

@@ -100,12 +100,13 @@ template <int kBits>
 __device__ __forceinline__ void place_pair(uint32_t (&words)[2 * kBits], int j, uint32_t low,
                                            uint32_t high) {
   const uint32_t pair = low | high << 16;
-  if (kBits == 3 && j >= 30) {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) words[3 * (j - 30) + i] |= (pair >> i & 0x00010001u) << 15;
+  const Spot at = spot<kBits>(j);
+  if (kBits == 3 && j >= 24) {  // spare_of()
+    const int row = j % 2, upper = j % 4 / 2 * 8;
+    words[at.word + 2 * row] |= (pair >> 1 & 0x00030003u) << (6 + upper);
+    words[at.word + 1] |= (pair & 0x00010001u) << (6 + row + upper);
     return;
   }
-  const Spot at = spot<kBits>(j);
   words[at.word] |= pair << at.bit;
 }
 
@@ -175,8 +176,8 @@ __device__ __forceinline__ void store_words(const uint32_t (&words)[2 * kBits],
   }
 }
 
-// The grid of a block's ranks, filled up to fours by zeros: v (scale, zero) a rank, u four scales
-// times 2^s and then four zeros.
+// The grid of a block's ranks, filled up to fours by zeros: v (scale, zero) a rank, u two
+// scales times 2^s and then their zeros.
 __device__ __forceinline__ void store_grid(const RepackBand& band, int first, int group, int ranks,
                                            float rescale, unsigned char* to) {
   const int index = threadIdx.x % 32;
@@ -193,8 +194,8 @@ __device__ __forceinline__ void store_grid(const RepackBand& band, int first, in
   }
   __half* entries = reinterpret_cast<__half*>(to);
   if (band.is_u) {
-    entries[index / 4 * 8 + index % 4] = __float2half_rn(__half2float(scale) * rescale);
-    entries[index / 4 * 8 + 4 + index % 4] = zero;
+    entries[index / 2 * 4 + index % 2] = __float2half_rn(__half2float(scale) * rescale);
+    entries[index / 2 * 4 + 2 + index % 2] = zero;
   } else {
     reinterpret_cast<__half2*>(to)[index] = __halves2half2(scale, zero);
   }

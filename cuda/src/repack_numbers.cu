@@ -5,7 +5,7 @@
 //   levels  float  ->  fp16
 //   header  float[64]: [0] the largest |scale| of u as stored, 1 for a 16-bit band; [1] 2^-s, where
 //           2^s brings the largest of u's scales and 16-bit values into [2^6, 2^7); [2] a bound on
-//           |sigma * v| (layout.h)
+//           |sigma * v|; [8..15] what [0] is of all of each band (layout.h)
 //
 // One block of threads, before the blocks' kernel, which needs 2^s. It reads both grids once, by
 // one multiprocessor: 0.26 MB of a 4096 x 4096 of rank 1002, 0.6 MB of an 11008 x 4096.
@@ -92,11 +92,18 @@ __device__ float bound_of(const RepackNumbers& numbers, int b, const float* sigm
   return largest_sigma * value * code;
 }
 
-__device__ void write_header(float* header, uint32_t scale_bits, uint32_t value_bits, bool values) {
-  const float scale = half_value(scale_bits), value = half_value(value_bits);
-  const float largest = fmaxf(scale, value);
-  const int shift = largest > 0.f ? kTarget - ilogbf(largest) : 0;
-  header[0] = fmaxf(scale * ldexpf(1.f, shift), values ? 1.f : 0.f);
+// `largest`: of a band's scales or 16-bit values, as bits of a half.
+__device__ void write_header(float* header, const RepackNumbers& numbers,
+                             const uint32_t (&largest)[DW_MAX_BANDS]) {
+  float most = 0.f;
+  for (int b = 0; b < numbers.band_count; ++b) most = fmaxf(most, half_value(largest[b]));
+  const int shift = most > 0.f ? kTarget - ilogbf(most) : 0;
+  for (int b = 0; b < numbers.band_count; ++b) {
+    const bool scales = numbers.u_ranges[b].scales;
+    const float scale = scales ? half_value(largest[b]) * ldexpf(1.f, shift) : 1.f;
+    header[kHeaderBands + b] = scale;
+    header[0] = fmaxf(header[0], scale);
+  }
   header[1] = ldexpf(1.f, -shift);
 }
 
@@ -124,16 +131,10 @@ __global__ void __launch_bounds__(kNumberThreads)
   if (numbers.sigma_to == nullptr) return;
   copy_sigma(numbers);
   if (threadIdx.x < kHeaderBytes / sizeof(float)) numbers.header_to[threadIdx.x] = 0.f;
-  uint32_t largest[2] = {};  // of the values, of the scales
-  bool values = false;
+  uint32_t largest[DW_MAX_BANDS];
   for (int b = 0; b < numbers.band_count; ++b) {
-    const RepackRange& range = numbers.u_ranges[b];
-    const uint32_t own = largest_of(range).value;
-    largest[range.scales] = max(largest[range.scales], own);
-    values |= !range.scales;
+    largest[b] = block_largest(largest_of(numbers.u_ranges[b]).value);
   }
-  largest[0] = block_largest(largest[0]);
-  largest[1] = block_largest(largest[1]);
   float bound = 0.f;
   const float* sigma = numbers.sigma;
   levels = numbers.levels;
@@ -143,7 +144,7 @@ __global__ void __launch_bounds__(kNumberThreads)
     levels += numbers.level_count[b];
   }
   if (threadIdx.x > 0) return;
-  write_header(numbers.header_to, largest[1], largest[0], values);
+  write_header(numbers.header_to, numbers, largest);
   numbers.header_to[2] = bound;
 }
 

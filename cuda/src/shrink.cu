@@ -1,11 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stage 1 of the delta product:  h[tile, s, t, r] = sigma[r] * sum over tile's k of V^[r, k] x[t,
-// k]
+// Stage 1 of the delta product:  h[tile, s, t, r] = sum over tile's k of V^[r, k] x[t, k]
 //
 // (times the token's weight)
 //
 //   x  fp16 or bf16 [tokens, in]   V^ packed (layout.h)   h  float [tiles, slices, tokens in plan
-//   order, ranks]; stage 2 adds the tiles
+//   order, ranks]; stage 2 adds the tiles and multiplies by sigma
 //
 // Roofline: bytes. A tenant's V^ is read once from memory for up to 8 tokens; 2 * rank * in *
 // tokens flops are nothing beside it. What must be avoided is the integer pipe: see fragment.cuh.
@@ -14,29 +13,31 @@
 // groups of a tile go to the 8 warps of a block of threads in turn; each keeps its part of x in
 // registers, as the operand of the tensor core's 8 columns, while blocks of 16 ranks (the 16-row
 // operand) stream through stages that all warps share (stages.cuh; a block's groups are
-// contiguous). Of 1 and 2 bits a warp works on two groups of two blocks at a time: four products
-// that do not wait for each other. Per group P = sum of biased codes * x, where the sum starts at
-// minus what the biases contribute, D; with S = sum of x, a block's sum is acc += scale * (P - zero
-// * S). D and S come from one more product a group, with the biases in rows 0-7 and ones in rows
-// 8-15, when x or the bit width changes. Every four blocks of ranks the warps meet and add their
-// sums in warp order. So a token's bits depend on nothing but its slot and x.
+// contiguous). Of 1 and 2 bits a warp works on two groups of two blocks at a time, whose products
+// do not wait for each other. Every four blocks of ranks the warps meet and add their sums in warp
+// order. So a token's bits depend on nothing but its slot's tokens and x.
+//
+// Chunks of up to kFewTokens tokens are multiplied as integers (fragment.cuh): with P = sum of
+// codes * x and S = sum of x, both whole, a block's sum is acc += scale * (P - zero * S). Others,
+// levels and 16 bits are multiplied as halves: there P is the sum of biased codes * x, and starts
+// at minus what the biases contribute, D. D and S come from one more product a group, with the
+// biases in rows 0-7 and ones in rows 8-15, when x or the bit width changes.
 //
 // The launch's work, all blocks of ranks of every (tokens of one tenant, slice, tile), is cut into
 // equal runs, one a block of threads; a run is worked off in batches whose steps are listed first.
-#include "activations.cuh"
-#include "fragment.cuh"
 #include "kernels.h"
 #include "ring.cuh"
+#include "shrink_sums.cuh"
 #include "stages.cuh"
 #include "step.cuh"
 
 namespace dw {
 namespace {
 
-constexpr int kTeam = 8;  // warps of a block of threads
+using namespace shrink;
+
 constexpr int kTeamThreads = 32 * kTeam;
 constexpr int kResident = 2;  // blocks of threads a multiprocessor
-constexpr int kWarpGroups = kTileGroups / kTeam;
 constexpr int kStages = 3;
 constexpr int kStageBytes = 8 * 2304;  // 32 blocks of 2 bits
 constexpr int kTokens = 8;
@@ -44,9 +45,8 @@ constexpr int kBatch = 4;            // blocks of ranks between two meetings
 constexpr int kTokenPitch = 16 + 4;  // floats between tokens of a partial sum: no bank conflicts
 constexpr int kUnits = 4;            // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
-constexpr int kBlocks = 192;  // of ranks, of a batch
+constexpr int kBlocks = 160;  // of ranks, of a batch
 constexpr int kSteps = kBlocks * kWarpGroups;
-constexpr uint32_t kOnes = 0x3c003c00u;
 
 // What one stage holds, a warp: groups of 128 features of one block of ranks or of two.
 DW_HD constexpr int groups_a_step(int bits) { return bits <= 4 ? 2 : 1; }
@@ -60,7 +60,6 @@ static_assert(4 * whole_block_bytes(2) * kTeam <= kStageBytes &&
 struct Segment {
   const unsigned char* v;  // the band's
   const __half* levels;    // of a codebook
-  const float* sigma;      // of the band's first rank
   float* h;                // of the chunk's first token and the band's first rank
   int order, tokens;       // first token in plan order, count
   int unit, tile;
@@ -87,8 +86,8 @@ struct Shared {
   Segment segments[kSegments];
   int segment_count, step_count;
   int most;
-  float4 bias[kTeam][kWarpGroups][4];  // -D of tokens 2c and 2c + 1, twice: where sums start
-  float2 sum[kTeam][kWarpGroups][4];   // S of both
+  Losses losses;
+  IntegerColumns::Scratch scratch[kTeam];
   float partial[2][kBatch][kTeam][kTokens * kTokenPitch];
 };
 
@@ -157,7 +156,6 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64
   const int64_t* fields = row + DW_FIELD_BANDS + band * DW_BAND_FIELDS;
   segment.v = gemm.arena + fields[DW_BAND_V];
   segment.levels = reinterpret_cast<const __half*>(gemm.arena + fields[DW_BAND_LEVELS]);
-  segment.sigma = reinterpret_cast<const float*>(gemm.arena + row[DW_FIELD_SIGMA]) + rank_start;
   segment.order = chunk.y;
   segment.tokens = chunk.z;
   segment.unit = static_cast<int>(own);
@@ -185,102 +183,6 @@ __device__ __forceinline__ void list_steps(const Gemm& gemm, Shared& shared) {
   }
 }
 
-// Of a tile the warp-th of every eight groups.
-using Columns = Activations<kWarpGroups, kTeam>;
-
-template <int kBits>
-__device__ __forceinline__ void find_sums(const Columns& x, Shared& shared) {
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int g = 0; g < kWarpGroups; ++g) {
-    float found[4] = {};
-#pragma unroll
-    for (int f = 0; f < 8; ++f) {
-      const uint32_t a[4] = {bias_pair<kBits>(4 * f), kOnes, bias_pair<kBits>(4 * f + 2), kOnes};
-      const uint2 columns = x.columns(g, f);
-      multiply(found, a, columns.x, columns.y);
-    }
-    if (lane < 4) {
-      shared.bias[warp][g][lane] = make_float4(-found[0], -found[1], -found[0], -found[1]);
-      shared.sum[warp][g][lane] = make_float2(found[2], found[3]);
-    }
-  }
-  __syncwarp();
-}
-
-// Where a lane finds its codes and the (scale, zero) of its two ranks in a block.
-struct Place {
-  int bytes, lane, lanes, grid;
-
-  __device__ __forceinline__ Place(int ranks, int bits) {
-    const int pairs = ceil_div(ranks, 2),
-              pair = min(static_cast<int>(threadIdx.x) % 32 / 4, pairs - 1);
-    bytes = v_block_bytes(bits, ranks);
-    lanes = 4 * pairs;
-    lane = 4 * pair + threadIdx.x % 4;
-    grid = v_code_bytes(bits, ranks) + 8 * pair;
-  }
-};
-
-// acc[b] += the warp's part of kCount groups from `first` on, of kRankBlocks blocks of ranks that
-// lie `jump` bytes apart. All are worked on together, so that no product waits for the one before
-// it.
-template <int kBits, bool kLevels, int kRankBlocks, int kCount>
-__device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][4], const unsigned char* codes,
-                                           int jump, const Place& place, const Columns& x,
-                                           int first, const float4* bias, const float2* sum,
-                                           const __half* levels) {
-  const int stride = kTeam * place.bytes;  // between groups of a warp
-  uint32_t words[kRankBlocks][kCount][2 * kBits];
-  float product[kRankBlocks][kCount][4] = {};
-#pragma unroll
-  for (int b = 0; b < kRankBlocks; ++b) {
-#pragma unroll
-    for (int g = 0; g < kCount; ++g) {
-      load_words<kBits>(words[b][g], codes + b * jump + g * stride, place.lane, place.lanes);
-      if constexpr (kBiased<kBits, kLevels>) {
-        const float4 start = bias[4 * g];
-        product[b][g][0] = start.x;
-        product[b][g][1] = start.y;
-        product[b][g][2] = start.z;
-        product[b][g][3] = start.w;
-      }
-    }
-  }
-#pragma unroll
-  for (int f = 0; f < 8; ++f) {
-#pragma unroll
-    for (int b = 0; b < kRankBlocks; ++b) {
-#pragma unroll
-      for (int g = 0; g < kCount; ++g) {
-        uint32_t a[4];
-        fragment<kBits, kLevels>(a, words[b][g], f, levels);
-        const uint2 columns = x.columns(first + g, f);
-        multiply(product[b][g], a, columns.x, columns.y);
-      }
-    }
-  }
-#pragma unroll
-  for (int b = 0; b < kRankBlocks; ++b) {
-#pragma unroll
-    for (int g = 0; g < kCount; ++g) {
-      if constexpr (kBits == 16) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) acc[b][j] += product[b][g][j];
-      } else {
-        const uint2 grid =
-            *reinterpret_cast<const uint2*>(codes + b * jump + g * stride + place.grid);
-        const float2 low = __half22float2(pair_of(grid.x)), high = __half22float2(pair_of(grid.y));
-        const float2 s = kBiased<kBits, kLevels> ? sum[4 * g] : make_float2(0.f, 0.f);
-        acc[b][0] = fmaf(low.x, fmaf(-low.y, s.x, product[b][g][0]), acc[b][0]);
-        acc[b][1] = fmaf(low.x, fmaf(-low.y, s.y, product[b][g][1]), acc[b][1]);
-        acc[b][2] = fmaf(high.x, fmaf(-high.y, s.x, product[b][g][2]), acc[b][2]);
-        acc[b][3] = fmaf(high.x, fmaf(-high.y, s.y, product[b][g][3]), acc[b][3]);
-      }
-    }
-  }
-}
-
 // One block of threads' run through its batches.
 template <typename T>
 struct Run {
@@ -294,8 +196,6 @@ struct Run {
   // of 16 ranks at a time.
   const Segment* mine = nullptr;
   int my_rank = 0;  // of the band
-  float my_sigma = 0.f;
-  Columns x;
 
   __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
       : gemm(gemm), shared(shared), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
@@ -321,69 +221,78 @@ struct Run {
   }
 
   __device__ __forceinline__ void run_batch() {
-    int unit = -1, bits = 0;
+    int unit = -1;
+    IntegerColumns integers;  // of a unit
+#pragma unroll 1
     for (int s = 0; s < shared.segment_count; ++s) {
       const Segment& segment = shared.segments[s];
-      const bool fresh = segment.unit != unit;
-      if (fresh) load(segment);
-      const bool other = fresh || segment.bits != bits;
-      unit = segment.unit;
-      bits = segment.bits;
+      const bool few = segment.tokens <= kFewTokens;
+      if (few && segment.unit != unit) {
+        integers.load<T>(gemm, segment.order, segment.tokens, segment.first_group + warp,
+                         own_groups(segment), shared.scratch[warp]);
+        unit = segment.unit;
+      }
       dispatch(segment.bits, segment.codebook, [&]<int kBits, bool kLevels>() {
         if constexpr (kBiased<kBits, kLevels>) {
-          if (other) find_sums<kBits>(x, shared);
+          if (few) return blocks<kBits, kLevels>(segment, integers);
         }
-        blocks<kBits, kLevels>(segment);
+        Columns x;
+        load(segment, x);
+        if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.losses);
+        blocks<kBits, kLevels>(segment, x);
       });
-      if (segment.codebook || segment.bits == 16) bits = 0;  // no sums were found
     }
     if (waiting > 0) meet();
     __syncthreads();
   }
 
-  __device__ __forceinline__ void load(const Segment& segment) {
-    const int order = segment.order + min(lane / 4, segment.tokens - 1);
-    x.template load<T>(gemm, token_at(gemm, order), segment.first_group + warp,
-                       ceil_div(segment.groups - warp, kTeam));
+  // This warp's.
+  __device__ __forceinline__ int own_groups(const Segment& segment) const {
+    return max(0, ceil_div(segment.groups - warp, kTeam));
   }
 
-  template <int kBits, bool kLevels>
-  __device__ __forceinline__ void blocks(const Segment& segment) {
+  __device__ __forceinline__ void load(const Segment& segment, Columns& x) {
+    const int order = segment.order + min(lane / 4, segment.tokens - 1);
+    x.template load<T>(gemm, token_at(gemm, order), segment.first_group + warp,
+                       own_groups(segment));
+  }
+
+  template <int kBits, bool kLevels, typename X>
+  __device__ __forceinline__ void blocks(const Segment& segment, const X& x) {
+    constexpr int kSums = std::is_same_v<X, Columns> ? 4 : 2;  // of a lane and block of ranks
     const int tail = block_count(kBits, segment.rank) - 1, last = segment.last;
-    const int groups = max(0, ceil_div(segment.groups - warp, kTeam));  // this warp's
+    const int groups = own_groups(segment);
     Place place(block_ranks(kBits), kBits);
     int block = segment.first;
     if constexpr (blocks_a_step(kBits) == 2) {
       for (int pair = 0; pair < segment.pairs; ++pair, block += 2) {
-        float acc[2][4] = {};
-        step_of<kBits, kLevels>(acc, segment, place, groups, 0);
-        keep(acc[0], segment, block);
-        keep(acc[1], segment, block + 1);
+        float acc[2][kSums] = {};
+        step_of<kBits, kLevels>(acc, segment, place, x, groups, 0);
+        keep<kBits>(acc, segment, x, block);
       }
     }
     for (; block < last; ++block) {
       if (block == tail) place = Place(last_block_ranks(kBits, segment.rank), kBits);
-      float acc[1][4] = {};
+      float acc[1][kSums] = {};
 #pragma unroll
       for (int start = 0; start < kWarpGroups; start += groups_a_step(kBits)) {
         if (start * kTeam >= segment.groups) break;
-        step_of<kBits, kLevels>(acc, segment, place, groups, start);
+        step_of<kBits, kLevels>(acc, segment, place, x, groups, start);
       }
-      keep(acc[0], segment, block);
+      keep<kBits>(acc, segment, x, block);
     }
   }
 
   // Adds what the next stage holds, the warp's groups from `start` on.
-  template <int kBits, bool kLevels, int kRankBlocks>
-  __device__ __forceinline__ void step_of(float (&acc)[kRankBlocks][4], const Segment& segment,
-                                          const Place& place, int groups, int start) {
+  template <int kBits, bool kLevels, int kRankBlocks, int kSums, typename X>
+  __device__ __forceinline__ void step_of(float (&acc)[kRankBlocks][kSums], const Segment& segment,
+                                          const Place& place, const X& x, int groups, int start) {
     if (warp == step % kTeam) fill(kStages - 1);
     shared.stages.wait_full(turn);
     const unsigned char* codes = shared.stage[turn.place] + warp * place.bytes;
     const auto add = [&]<int kCount>() {
       add_groups<kBits, kLevels, kRankBlocks, kCount>(
-          acc, codes, segment.groups * place.bytes, place, x, start,
-          &shared.bias[warp][start][lane % 4], &shared.sum[warp][start][lane % 4], segment.levels);
+          acc, codes, segment.groups * place.bytes, place, x, start, shared.losses, segment.levels);
     };
     const int left = groups - start;
     if (groups_a_step(kBits) == 2 && left >= 2) {
@@ -396,25 +305,23 @@ struct Run {
     ++step;
   }
 
-  // Lays a block's sums out as [token, rank] for the meeting.
-  __device__ __forceinline__ void keep(const float (&acc)[4], const Segment& segment, int block) {
-    float* to = shared.partial[phase][waiting][warp] + 2 * (lane / 4);
-    const int token = 2 * (lane % 4);
-    if (token < segment.tokens) {
-      const float2 sums = make_float2(acc[0] * x.inverse[0], acc[2] * x.inverse[0]);
-      *reinterpret_cast<float2*>(to + token * kTokenPitch) = sums;
+  // Leaves the sums of one or two blocks for the meeting.
+  template <int kBits, int kCount, int kSums, typename X>
+  __device__ __forceinline__ void keep(const float (&acc)[kCount][kSums], const Segment& segment,
+                                       const X& x, int block) {
+    if (waiting + kCount > kBatch) meet();
+#pragma unroll
+    for (int i = 0; i < kCount; ++i) {
+      x.template store<kBits>(acc[i], segment.tokens, kTokenPitch,
+                              shared.partial[phase][waiting + i][warp]);
     }
-    if (token + 1 < segment.tokens) {
-      const float2 sums = make_float2(acc[1] * x.inverse[1], acc[3] * x.inverse[1]);
-      *reinterpret_cast<float2*>(to + (token + 1) * kTokenPitch) = sums;
-    }
-    if (waiting == threadIdx.x / (kTeamThreads / kBatch)) {
+    const int place = threadIdx.x / (kTeamThreads / kBatch) - waiting;
+    if (place >= 0 && place < kCount) {
       mine = &segment;
-      my_rank = block * block_ranks(segment.bits) + threadIdx.x % 16;
-      my_sigma =
-          my_rank < segment.rank ? __ldg(segment.sigma + my_rank) : 0.f;  // early: it is cold
+      my_rank = (block + place) * block_ranks(kBits) + threadIdx.x % 16;
     }
-    if (++waiting == kBatch) meet();
+    waiting += kCount;
+    if (waiting == kBatch) meet();
   }
 
   // Adds the warps' sums of the waiting blocks in warp order and writes h.
@@ -432,7 +339,7 @@ struct Run {
         for (int w = 0; w < kTeam; ++w) {
           value += shared.partial[phase][place][w][token * kTokenPitch + rank];
         }
-        value = my_rank < mine->rank ? value * my_sigma : 0.f;
+        if (my_rank >= mine->rank) value = 0.f;
         mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;
       }
     }

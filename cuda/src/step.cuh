@@ -92,6 +92,11 @@ __device__ __forceinline__ float4 h_quad(const Gemm& gemm, int slice, int order,
 __device__ __forceinline__ float largest_of(float4 v) {
   return fmaxf(fmaxf(fabsf(v.x), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));
 }
+// The same as bits, of which those of what is not finite are the largest.
+__device__ __forceinline__ uint32_t largest_bits(float4 v) {
+  const auto magnitude = [](float value) { return __float_as_uint(value) & 0x7fffffffu; };
+  return max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
+}
 
 // The most blocks of ranks of any (chunk, slice); all threads of a block call it.
 __device__ __forceinline__ int most_blocks(const Gemm& gemm, int* shared_most) {

@@ -51,25 +51,40 @@ PREFILL = {
 }
 
 
-DECODE = {
-    "one token": Case(tokens=1, slots=[0]),
-    "preset": Case(slots=[0, 1, -1, 2, 0]),
-    "preset bf16": Case(slots=[0, 1, -1, 2, 0], dtype="bfloat16"),
-    "two slices": Case(tokens=12, tenants=2, slots=[0, 1, 0, -1, 0, 1, 1, 0, 1, 0, 0, -1], outs=(300, 77)),
-    "two chunks of a slot, two tiles of x": Case(tokens=11, slots=[0] * 11, in_features=2304, outs=(128,)),
-    "teams of four": Case(tokens=26, tenants=2, slots=[0, 1, 1, 0, 1, -1, 1, 1, 1, 0, 1, 1, 1] * 2, outs=(256, 130)),
-    "teams of four bf16": Case(tokens=24, slots=[0, 1, 2] * 8, in_features=256, dtype="bfloat16"),
-    "odd sizes": Case(tokens=3, in_features=331, outs=(77, 5), bands=(RandomBand(3, 5), RandomBand(2, 3))),
-    "odd sizes bf16": Case(tokens=3, in_features=331, outs=(77,), bands=(RandomBand(2, 3),), dtype="bfloat16"),
-    "odd shard": Case(tokens=9, in_features=300, outs=(100,), group_offsets=(37, 21)),
-    "misaligned x": Case(tokens=4, in_features=256, outs=(128,), x_gap=3),
-    "eight bands": Case(in_features=1152, bands=tuple(RandomBand(bits, rank) for bits, rank in ALL_WIDTHS)),
-    "codebooks": Case(bands=tuple(RandomBand(bits, 21, "codebook") for bits in (1, 2, 3, 4, 8))),
-    "rank 500": Case(tokens=2, tenants=2, slots=[0, 1], outs=(256,), bands=(*PRESET[:2], RandomBand(2, 466))),
-} | {
-    f"two bits, rank {rank}": Case(tokens=2, tenants=1, slots=[0, 0], in_features=1920, bands=(RandomBand(2, rank),))
-    for rank in (15, 17, 32, 47)
-}
+DECODE = (
+    {
+        "one token": Case(tokens=1, slots=[0]),
+        "preset": Case(slots=[0, 1, -1, 2, 0]),
+        "preset bf16": Case(slots=[0, 1, -1, 2, 0], dtype="bfloat16"),
+        "two slices": Case(tokens=12, tenants=2, slots=[0, 1, 0, -1, 0, 1, 1, 0, 1, 0, 0, -1], outs=(300, 77)),
+        "two chunks of a slot, two tiles of x": Case(tokens=11, slots=[0] * 11, in_features=2304, outs=(128,)),
+        "teams of four": Case(
+            tokens=26, tenants=2, slots=[0, 1, 1, 0, 1, -1, 1, 1, 1, 0, 1, 1, 1] * 2, outs=(256, 130)
+        ),
+        "teams of two": Case(tokens=66, tenants=3, slots=[0, 1, 1, 2, 1, -1] * 11, in_features=256, outs=(256,)),
+        "teams of eight": Case(tokens=17, tenants=6, slots=[*range(6), *range(6), 4, 5, 5, -1, 5], outs=(384, 130)),
+        "teams of four bf16": Case(tokens=24, slots=[0, 1, 2] * 8, in_features=256, dtype="bfloat16"),
+        "odd sizes": Case(tokens=3, in_features=331, outs=(77, 5), bands=(RandomBand(3, 5), RandomBand(2, 3))),
+        "odd sizes bf16": Case(tokens=3, in_features=331, outs=(77,), bands=(RandomBand(2, 3),), dtype="bfloat16"),
+        "odd shard": Case(tokens=9, in_features=300, outs=(100,), group_offsets=(37, 21)),
+        "misaligned x": Case(tokens=4, in_features=256, outs=(128,), x_gap=3),
+        "eight bands": Case(in_features=1152, bands=tuple(RandomBand(bits, rank) for bits, rank in ALL_WIDTHS)),
+        "codebooks": Case(bands=tuple(RandomBand(bits, 21, "codebook") for bits in (1, 2, 3, 4, 8))),
+        "rank 500": Case(tokens=2, tenants=2, slots=[0, 1], outs=(256,), bands=(*PRESET[:2], RandomBand(2, 466))),
+    }
+    | {
+        f"two bits, rank {rank}": Case(
+            tokens=2, tenants=1, slots=[0, 0], in_features=1920, bands=(RandomBand(2, rank),)
+        )
+        for rank in (15, 17, 32, 47)
+    }
+    | {
+        f"{tokens} tokens of {bits} bits": Case(
+            tokens=tokens, tenants=1, slots=[0] * tokens, bands=(RandomBand(bits, 45),)
+        )
+        for tokens, bits in ((4, 1), (3, 2), (4, 3), (3, 4), (4, 8), (5, 2), (3, 16))
+    }
+)
 
 HEADS = {
     "usual": (Head(tokens=14, features=1024, rows=75), "float16"),

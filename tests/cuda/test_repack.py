@@ -65,7 +65,11 @@ def test_header_normalizes_u(gpu_library, bands, factor):
     assert header[0] == max(scale / header[1], 1.0 if value else 0.0)
     largest = np.abs(record.sigma[:, None] * record.v.values).max()
     assert largest <= header[2] * (1 + 2**-20) < 40 * largest
-    assert not header[3:].any()
+    count = len(bands)
+    ones = np.array([band.bits == 16 for band in bands])
+    assert (header[8 : 8 + count][ones] == 1).all()
+    assert header[8 : 8 + count].max() == header[0] and header[8 : 8 + count].all()
+    assert not header[3:8].any() and not header[8 + count :].any()
 
 
 def test_zero_u_has_a_neutral_header(gpu_library):

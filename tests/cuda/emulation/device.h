@@ -113,6 +113,32 @@ inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
   });
 }
 
+// mma.sync m16n8k32 of unsigned and signed bytes. Of the lane 4q + c the four bytes of register r
+// are: of a, row q (and 8 more where r is odd), columns 4c .. 4c + 3 (and 16 more where r > 1); of
+// b, column q, rows 4c .. 4c + 3 (and 16 more where r is 1).
+inline void multiply(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct {
+    uint8_t a[4][4];
+    int8_t b[2][4];
+  } own;
+  std::memcpy(own.a, a, sizeof own.a);
+  std::memcpy(own.b[0], &b0, 4);
+  std::memcpy(own.b[1], &b1, 4);
+  const int lane = thread_index.x % 32, q = lane / 4, c = lane % 4;
+  exchange(own, [&](auto of_lane) {
+    for (int k = 0; k < 32; ++k) {
+      const int from = k / 4 % 4, upper = k / 16;
+      const auto rows = of_lane(4 * q + from);
+      for (int n = 0; n < 2; ++n) {
+        const int column = of_lane(4 * (2 * c + n) + from).b[upper][k % 4];
+        d[n] += rows.a[2 * upper][k % 4] * column;
+        d[2 + n] += rows.a[2 * upper + 1][k % 4] * column;
+      }
+    }
+    return 0;
+  });
+}
+
 }  // namespace emulation
 
 #define threadIdx emulation::thread_index
@@ -203,10 +229,17 @@ inline float __uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits);
 inline uint32_t __float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 inline float __int_as_float(int bits) { return std::bit_cast<float>(bits); }
 inline int __float_as_int(float value) { return std::bit_cast<int>(value); }
+inline float __fdividef(float a, float b) { return a / b; }
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 inline int __ffs(unsigned bits) { return bits == 0 ? 0 : std::countr_zero(bits) + 1; }
 inline uint32_t __funnelshift_r(uint32_t low, uint32_t high, int shift) {
   return static_cast<uint32_t>((uint64_t{high} << 32 | low) >> (shift & 31));
+}
+inline uint32_t __byte_perm(uint32_t low, uint32_t high, uint32_t selector) {
+  const uint64_t all = uint64_t{high} << 32 | low;
+  uint32_t chosen = 0;
+  for (int i = 0; i < 4; ++i) chosen |= (all >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+  return chosen;
 }
 inline size_t __cvta_generic_to_shared(const void* pointer) {
   return reinterpret_cast<size_t>(pointer);
