@@ -4,14 +4,16 @@
     python benchmarks/kernels/decode_sweep.py OUTPUT.jsonl old/libdeltaweave.so new/libdeltaweave.so
 
 Llama-2-7B's linears at 1, 8, 32 and 128 tenants, fp16, all tokens checked against float64 on the GPU and run to run. A
-line of JSON a build and number of tenants: ms of 32 layers, us of each fused group. The arena is filled once by the
-first build, so that all must order weights alike. A tenth of a second a line.
+line of JSON a build and number of tenants: ms of 32 layers, us of each fused group and of its stages alone. The arena
+is filled once by the first build, so that all must order weights alike. Two tenths of a second a line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,13 @@ def measure(library: Library, tenants: delta_gemm.Tenants, records: Records, cou
     tenants.arena.library = library
     step = Step(tenants.arena, torch.arange(count, dtype=torch.int32))
     step.make_plan()
-    groups, works, worst, same = {}, [], 0.0, True
+    groups, stages, works, worst, same = {}, {}, [], 0.0, True
     for name, (_, slices) in delta_gemm.GROUPS.items():
         calls, x, outputs = delta_gemm.group_work(tenants, step, name, count, torch.float16)
 
-        def run(calls: list[Any] = calls) -> None:
+        def run(calls: list[Any] = calls, product: Callable[..., None] = library.delta_gemm) -> None:
             for gemm, _ in calls:
-                library.delta_gemm(gemm, torch.cuda.current_stream().cuda_stream)
+                product(gemm, torch.cuda.current_stream().cuda_stream)
 
         seen = []
         for _ in range(2):
@@ -50,6 +52,8 @@ def measure(library: Library, tenants: delta_gemm.Tenants, records: Records, cou
             expected = expected_rows(records[out, x.shape[1]], x)
             worst = max(worst, float((y.double() - expected).norm() / expected.norm()))
         groups[name] = round(delta_gemm.median_ms(run) / tenants.layers * 1e3, 2)
+        halves = (partial(run, product=half) for half in (library.delta_shrink, library.delta_expand))
+        stages[name] = [round(delta_gemm.median_ms(half) / tenants.layers * 1e3, 2) for half in halves]
         works.append((run, x, outputs, calls))
 
     def whole() -> None:
@@ -58,7 +62,8 @@ def measure(library: Library, tenants: delta_gemm.Tenants, records: Records, cou
             run()
 
     milliseconds = delta_gemm.median_ms(whole) * delta_gemm.LAYERS / tenants.layers
-    return {"tenants": count, "ms": milliseconds, "us": groups, "relative_error": worst, "bits_repeat": same}
+    times = {"ms": milliseconds, "us": groups, "stages_us": stages}
+    return {"tenants": count, **times, "relative_error": worst, "bits_repeat": same}
 
 
 def main() -> None:
