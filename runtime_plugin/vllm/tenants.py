@@ -39,18 +39,19 @@ class Tenants:
         Args:
             step: of the process, with its arena.
             at_once: the most in one step; so many of the largest must fit into the arena together.
-            most: the most in host memory; the least recently used are forgotten, and read again when they are wanted.
+            most: the most in host memory; the least recently asked for or used are forgotten, and read again when wanted.
             accept_base: do not compare the base with that of a tenant's file.
         """
         self.step = step
         self.counts = TenantCounts()
         self._at_once, self._most, self._accept_base = at_once, most, accept_base
-        self._adapters: OrderedDict[int, Adapter] = OrderedDict()  # the least recently used first
+        self._adapters: OrderedDict[int, Adapter] = OrderedDict()  # the least recently asked for or used first
         self._sizes: dict[int, int] = {}  # of all that may be asked for, forgotten ones too
         self._own_logits: set[int] = set()  # of those in host memory, whose logits are not the base's
         self._idle: set[int] = set()  # stand-ins of warm-up: they compute as the base
         self._open: OpenStep | None = None
         self._reader = TenantReader(self._read)
+        # Held where the adapters or their order change; all do in the worker's thread, but for the order in `read_ahead`.
         # Else a thread that has just seen no tenant of an id could begin to read it again when it is there.
         self._handing_over = Lock()
 
@@ -65,7 +66,7 @@ class Tenants:
         return {*self._adapters, *self._idle, *(adapter.id for adapter in self._reader.finished())}
 
     def read_ahead(self, adapter: Adapter) -> Future[HeldTenant] | None:
-        """Begins to read a tenant's file beside the steps; `add` and `begin` wait for it.
+        """Begins to read a tenant's file beside the steps; `add` and `begin` wait for it. One that is there is kept longer.
 
         Returns:
             what comes, or raises what `add` would; None for a tenant that is there.
@@ -77,6 +78,7 @@ class Tenants:
             known = self._adapters.get(adapter.id)
             if known is None:
                 return self._reader.begin(adapter)
+            self._adapters.move_to_end(adapter.id)  # else it may be forgotten before its request's first step
         known.require_same(adapter)
         return None
 
@@ -90,7 +92,8 @@ class Tenants:
         """
         if adapter.id in self._adapters:
             self._adapters[adapter.id].require_same(adapter)
-            self._adapters.move_to_end(adapter.id)
+            with self._handing_over:
+                self._adapters.move_to_end(adapter.id)
             return False
         self._close()
         self._admit(adapter)
@@ -108,10 +111,12 @@ class Tenants:
         self._idle.discard(adapter_id)
         read = self._reader.drop(adapter_id)
         self._sizes.pop(adapter_id, None)
-        if adapter_id not in self._adapters:
+        with self._handing_over:
+            known = self._adapters.pop(adapter_id, None)
+        if known is None:
             return read
         self._close()
-        self._forget(adapter_id)
+        self._let_go(adapter_id)
         self._count()
         return True
 
@@ -174,11 +179,13 @@ class Tenants:
                 self._own_logits.add(adapter.id)
             with self._handing_over:
                 self._adapters[adapter.id] = adapter
+                beyond = len(self._adapters) - self._most
+                forgotten = [self._adapters.popitem(last=False)[0] for _ in range(beyond)]
         finally:
             self._reader.drop(adapter.id)
         self.counts.loaded(seconds)
-        while len(self._adapters) > self._most:
-            self._forget(next(iter(self._adapters)))
+        for adapter_id in forgotten:
+            self._let_go(adapter_id)
 
     def _has_own_logits(self, tenant: Tenant) -> bool:
         base, head = self.arena.table[EMBEDDING].shape[0], self.arena.table[HEAD].index
@@ -205,8 +212,7 @@ class Tenants:
             )
         return size
 
-    def _forget(self, adapter_id: int) -> None:
-        del self._adapters[adapter_id]
+    def _let_go(self, adapter_id: int) -> None:
         self._own_logits.discard(adapter_id)
         self.arena.remove(str(adapter_id))
 

@@ -248,6 +248,20 @@ def test_the_largest_of_a_step_must_fit(many):
     check(server, ["t0"], many.alone)
 
 
+def test_what_a_request_asks_for_is_not_forgotten_before_its_step(many):
+    """The oldest in host memory is asked for; then another one's file, read meanwhile, takes the place of the next."""
+    server = Server(many, at_once=1, most=2)
+    asked, other = (server.add(name, many.deltas[name]) for name in ("t0", "t1"))
+    tenants = server.tenants[0]
+    assert tenants.read_ahead(asked) is None
+    newcomer = Adapter(3, "t2", str(many.deltas["t2"]))
+    tenants.read_ahead(newcomer).result()
+    check(server, ["t0"], many.alone)
+    assert tenants.ids == {asked.id, newcomer.id}
+    assert tenants.counts.loads == 3
+    assert tenants.read_ahead(other) is not None
+
+
 def test_read_ahead(many):
     """Beside steps; what was read counts before it is asked for, and is not read again then."""
     server = Server(many, at_once=2, most=2)
