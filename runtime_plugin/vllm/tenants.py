@@ -39,7 +39,7 @@ class Tenants:
         Args:
             step: of the process, with its arena.
             at_once: the most in one step; so many of the largest must fit into the arena together.
-            most: the most in host memory; the least recently asked for or used are forgotten, and read again when wanted.
+            most: the most in host memory; the least recently asked for are forgotten, and read again when wanted.
             accept_base: do not compare the base with that of a tenant's file.
         """
         self.step = step
@@ -51,7 +51,7 @@ class Tenants:
         self._idle: set[int] = set()  # stand-ins of warm-up: they compute as the base
         self._open: OpenStep | None = None
         self._reader = TenantReader(self._read)
-        # Held where the adapters or their order change; all do in the worker's thread, but for the order in `read_ahead`.
+        # Held where the adapters or their order change: `read_ahead` changes the order in any thread.
         # Else a thread that has just seen no tenant of an id could begin to read it again when it is there.
         self._handing_over = Lock()
 
@@ -66,7 +66,7 @@ class Tenants:
         return {*self._adapters, *self._idle, *(adapter.id for adapter in self._reader.finished())}
 
     def read_ahead(self, adapter: Adapter) -> Future[HeldTenant] | None:
-        """Begins to read a tenant's file beside the steps; `add` and `begin` wait for it. One that is there is kept longer.
+        """Begins to read a tenant's file beside the steps, for which `add` and `begin` wait; one that is there is kept.
 
         Returns:
             what comes, or raises what `add` would; None for a tenant that is there.
