@@ -124,6 +124,7 @@ struct IntegerActivations {
 #pragma unroll
       for (int f = 0; f < 8; ++f) of[g][f] = 0;
     }
+    __syncwarp();  // what lies in scratch has been read
     int64_t token = token_at(gemm, order);
     Raw raw = read<T>(gemm, token, first, count);
 #pragma unroll 1  // code that was not run before is read from memory

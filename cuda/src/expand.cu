@@ -280,17 +280,23 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
   if (!waited) after_previous();
 }
 
+// Ranks of h that a token takes: tokens 16 bytes apart in the banks' cycle of 128, so that eight
+// lanes read different ones.
+int pitch_of(const Gemm& gemm) { return ceil_div(gemm.ranks, 64) * 64 + 16; }
+
+template <int kTeam, int kTeams>
+int shared_bytes(const Gemm& gemm) {
+  const int tokens = gemm.token_count < kTokens ? gemm.token_count : kTokens;
+  return static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch_of(gemm);
+}
+
 template <typename T, int kTeam, int kTeams>
 cudaError_t launch(const Gemm& gemm, int groups, cudaStream_t stream) {
   const int64_t most = static_cast<int64_t>(gemm.token_count) * groups;
   const int64_t resident = static_cast<int64_t>(multiprocessors()) * (16 / (kTeam * kTeams));
   const int grid = static_cast<int>(most < resident ? most : resident);
-  // Tokens 16 bytes apart in the banks' cycle of 128: eight lanes read different ones.
-  const int pitch = ceil_div(gemm.ranks, 64) * 64 + 16;
-  const int tokens = gemm.token_count < kTokens ? gemm.token_count : kTokens;
-  const int bytes = static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch;
-  return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams, bytes,
-                          stream, gemm, groups, pitch);
+  return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams,
+                          shared_bytes<kTeam, kTeams>(gemm), stream, gemm, groups, pitch_of(gemm));
 }
 
 // The more items there may be, the fewer warps share one.
@@ -298,7 +304,8 @@ template <typename T>
 cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
-  if (gemm.token_count * groups <= 64) return launch<T, 16, 1>(gemm, groups, stream);
+  const bool fits = shared_bytes<16, 1>(gemm) <= shared_bytes_a_block();
+  if (fits && gemm.token_count * groups <= 64) return launch<T, 16, 1>(gemm, groups, stream);
   if (gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);
   if (gemm.token_count < 64) return launch<T, 4, 2>(gemm, groups, stream);
   return launch<T, 2, 4>(gemm, groups, stream);

@@ -41,9 +41,9 @@ constexpr int kResident = 2;  // blocks of threads a multiprocessor
 constexpr int kStages = 3;
 constexpr int kStageBytes = 8 * 2304;  // 32 blocks of 2 bits
 constexpr int kTokens = 8;
-constexpr int kBatch = 4;            // blocks of ranks between two meetings
-constexpr int kTokenPitch = 16 + 4;  // floats between tokens of a partial sum: no bank conflicts
-constexpr int kUnits = 4;            // of a batch
+constexpr int kRanks = 16;  // of a block
+constexpr int kBatch = 4;   // blocks of ranks between two meetings
+constexpr int kUnits = 4;   // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
 constexpr int kBlocks = 160;  // of ranks, of a batch
 constexpr int kSteps = kBlocks * kWarpGroups;
@@ -86,10 +86,11 @@ struct Shared {
   Segment segments[kSegments];
   int segment_count, step_count;
   int most;
-  Losses losses;
-  IntegerColumns::Scratch scratch[kTeam];
-  float partial[2][kBatch][kTeam][kTokens * kTokenPitch];
+  WarpOnly own[kTeam];
+  float partial[2][kBatch][kTeam][kTokens * kRanks];
 };
+
+static_assert(sizeof(Shared) <= 99 << 10, "what a block of threads may have on sm_89 and sm_120");
 
 struct Range {
   int64_t first, last;
@@ -229,7 +230,7 @@ struct Run {
       const bool few = segment.tokens <= kFewTokens;
       if (few && segment.unit != unit) {
         integers.load<T>(gemm, segment.order, segment.tokens, segment.first_group + warp,
-                         own_groups(segment), shared.scratch[warp]);
+                         own_groups(segment), shared.own[warp].scratch);
         unit = segment.unit;
       }
       dispatch(segment.bits, segment.codebook, [&]<int kBits, bool kLevels>() {
@@ -238,7 +239,7 @@ struct Run {
         }
         Columns x;
         load(segment, x);
-        if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.losses);
+        if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.own[warp].losses);
         blocks<kBits, kLevels>(segment, x);
       });
     }
@@ -291,8 +292,9 @@ struct Run {
     shared.stages.wait_full(turn);
     const unsigned char* codes = shared.stage[turn.place] + warp * place.bytes;
     const auto add = [&]<int kCount>() {
-      add_groups<kBits, kLevels, kRankBlocks, kCount>(
-          acc, codes, segment.groups * place.bytes, place, x, start, shared.losses, segment.levels);
+      add_groups<kBits, kLevels, kRankBlocks, kCount>(acc, codes, segment.groups * place.bytes,
+                                                      place, x, start, shared.own[warp].losses,
+                                                      segment.levels);
     };
     const int left = groups - start;
     if (groups_a_step(kBits) == 2 && left >= 2) {
@@ -312,7 +314,7 @@ struct Run {
     if (waiting + kCount > kBatch) meet();
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      x.template store<kBits>(acc[i], segment.tokens, kTokenPitch,
+      x.template store<kBits>(acc[i], segment.tokens, kRanks,
                               shared.partial[phase][waiting + i][warp]);
     }
     const int place = threadIdx.x / (kTeamThreads / kBatch) - waiting;
@@ -337,7 +339,7 @@ struct Run {
         float value = 0.f;
 #pragma unroll
         for (int w = 0; w < kTeam; ++w) {
-          value += shared.partial[phase][place][w][token * kTokenPitch + rank];
+          value += shared.partial[phase][place][w][token * kRanks + rank];
         }
         if (my_rank >= mine->rank) value = 0.f;
         mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;

@@ -17,16 +17,22 @@ constexpr int kWarpGroups = kTileGroups / kTeam;
 using Columns = Activations<kWarpGroups, kTeam>;
 using IntegerColumns = IntegerActivations<kWarpGroups, kTeam>;
 
-// What sums of halves lose, by warp, group and tokens 2c and 2c + 1.
+// What sums of halves lose, by group and tokens 2c and 2c + 1.
 struct Losses {
-  float4 bias[kTeam][kWarpGroups][4];  // -D of both tokens, twice: where sums start
-  float2 sum[kTeam][kWarpGroups][4];   // S of both
+  float4 bias[kWarpGroups][4];  // -D of both tokens, twice: where sums start
+  float2 sum[kWarpGroups][4];   // S of both
+};
+
+// A warp's own: of many tokens, or of few while x is read.
+union WarpOnly {
+  Losses losses;
+  IntegerColumns::Scratch scratch;
 };
 
 template <int kBits>
 __device__ __forceinline__ void find_losses(const Columns& x, Losses& losses) {
   constexpr uint32_t kOnes = 0x3c003c00u;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int g = 0; g < kWarpGroups; ++g) {
     float found[4] = {};
@@ -37,8 +43,8 @@ __device__ __forceinline__ void find_losses(const Columns& x, Losses& losses) {
       multiply(found, a, columns.x, columns.y);
     }
     if (lane < 4) {
-      losses.bias[warp][g][lane] = make_float4(-found[0], -found[1], -found[0], -found[1]);
-      losses.sum[warp][g][lane] = make_float2(found[2], found[3]);
+      losses.bias[g][lane] = make_float4(-found[0], -found[1], -found[0], -found[1]);
+      losses.sum[g][lane] = make_float2(found[2], found[3]);
     }
   }
   __syncwarp();
@@ -72,8 +78,8 @@ template <int kBits, bool kLevels, int kRankBlocks, int kCount>
 __device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][4], const unsigned char* codes,
                                            int jump, const Place& place, const Columns& x,
                                            int first, const Losses& losses, const __half* levels) {
-  const float4* bias = &losses.bias[threadIdx.x / 32][first][threadIdx.x % 4];
-  const float2* sum = &losses.sum[threadIdx.x / 32][first][threadIdx.x % 4];
+  const float4* bias = &losses.bias[first][threadIdx.x % 4];
+  const float2* sum = &losses.sum[first][threadIdx.x % 4];
   const int stride = kTeam * place.bytes;  // between groups of a warp
   uint32_t words[kRankBlocks][kCount][2 * kBits];
   float product[kRankBlocks][kCount][4] = {};
