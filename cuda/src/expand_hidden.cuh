@@ -66,7 +66,7 @@ __device__ __forceinline__ void find_factor(Numbers& numbers, int token, int ban
 }
 
 // h of the unit's tokens as fp16 [token, pitch]; both passes read what stage 1 left in L2.
-template <int kThreads>
+template <int kBlockThreads>
 __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int pitch, __half* h,
                                        Numbers& numbers) {
   const int quads = static_cast<int>(unit.row[DW_FIELD_PADDED_RANK]) / 4;
@@ -78,7 +78,7 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
   if (of_token < kTokens) numbers.largest[of_token][of_band] = 0;
   __syncthreads();
   // The first token's quads stay in registers: often it is the only one.
-  constexpr int kKept = ceil_div((DW_MAX_RANK + 16 * DW_MAX_BANDS) / 4, kThreads);
+  constexpr int kKept = ceil_div((DW_MAX_RANK + 16 * DW_MAX_BANDS) / 4, kBlockThreads);
   float4 kept[kKept];
   const float4* sigma = reinterpret_cast<const float4*>(gemm.arena + unit.row[DW_FIELD_SIGMA]);
   const auto read = [&](int token, int quad) {
@@ -89,7 +89,7 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
   for (int token = 0; token < unit.chunk.z; ++token) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      const int quad = threadIdx.x + i * kThreads;
+      const int quad = threadIdx.x + i * kBlockThreads;
       if (quad / 32 * 32 >= quads) break;
       float4 v = make_float4(0.f, 0.f, 0.f, 0.f);
       if (quad < quads) v = read(token, quad);
@@ -105,7 +105,7 @@ __device__ __forceinline__ void make_h(const Gemm& gemm, const Unit& unit, int p
   for (int token = 0; token < unit.chunk.z; ++token) {
 #pragma unroll
     for (int i = 0; i < kKept; ++i) {
-      const int quad = threadIdx.x + i * kThreads;
+      const int quad = threadIdx.x + i * kBlockThreads;
       if (quad >= quads) break;
       const float4 v = token == 0 ? kept[i] : read(token, quad);
       const float factor = numbers.factor[token][band_of(numbers, quad)];

@@ -146,6 +146,11 @@ template <int kBits>
 constexpr int kParts = kBits == 1   ? 4
                        : kBits <= 3 ? 2
                                     : 1;
+// The first product of a part.
+template <int kBits>
+DW_HD constexpr Product first_of(int part) {
+  return product_of<kBits>(kBits == 3 ? 3 * part : part);
+}
 
 // A row's sum of codes * x times 2^most_place, of the lane's token: whole, and less than 2^31.
 template <int kBits>
@@ -153,7 +158,7 @@ __device__ __forceinline__ float joined(const int (&parts)[kParts<kBits>][4], in
   int sum = 0;
 #pragma unroll
   for (int p = 0; p < kParts<kBits>; ++p) {
-    const int first = product_of<kBits>(kBits == 3 && p == 1 ? 3 : p).first;
+    const int first = first_of<kBits>(p).first;
     const int factor = 1 << (most_place<kBits>(row) - place<kBits>(first, row));
     sum += (parts[p][2 * row] * 256 + parts[p][2 * row + 1]) * factor;
   }

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from deltaweave.runtime_plugin.library import (
@@ -19,7 +20,7 @@ from deltaweave.runtime_plugin.library import (
 )
 from deltaweave.runtime_plugin.pytorch.native import native_library
 
-__all__ = ["Kernels", "StartedDelta"]
+__all__ = ["Kernels", "Product", "StartedDelta"]
 
 Tensor = torch.Tensor
 
@@ -50,7 +51,8 @@ class Kernels:
     ) -> None:
         """Both stages, fused over the slices."""
         if len(x):
-            gemm, workspace = _product(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
+            product = Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
+            gemm, workspace = product.arguments(ys)
             _weigh(gemm, weights)
             native_library().delta_gemm(gemm, _stream(workspace))
 
@@ -85,7 +87,8 @@ class Kernels:
     ) -> None:
         """Both stages of all experts, fused over the slices."""
         if len(x):
-            gemm, workspace = _product(arena, directory, plan, x, ys, parameters, max_rank, in_offset, out_offsets)
+            product = Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
+            gemm, workspace = product.arguments(ys)
             _weigh(gemm, weights)
             native_library().gated_lora(gemm, _stream(workspace))
 
@@ -95,7 +98,7 @@ class Kernels:
     ) -> None:
         """Low-bit and replaced rows."""
         if len(x):
-            gemm, workspace = _product(arena, directory, plan, x, [y], [parameter], max_rank, 0, [0])
+            gemm, workspace = Product(arena, directory, plan, x, [parameter], max_rank, 0, [0]).arguments([y])
             native_library().dense_gemm(gemm, _stream(workspace))
 
     @staticmethod
@@ -165,28 +168,57 @@ class Kernels:
         native_library().embed(arguments, _stream(slots))
 
 
+@dataclass(frozen=True)
+class Product:
+    """A product's arguments but for y, as `ops.delta_gemm` says what they are."""
+
+    arena: Tensor
+    directory: Tensor
+    plan: Tensor
+    x: Tensor
+    parameters: Sequence[int]
+    max_rank: int
+    in_offset: int
+    out_offsets: Sequence[int]
+
+    def arguments(self, ys: Sequence[Tensor]) -> tuple[Gemm, Tensor]:
+        """All of them, and their workspace: free for others as soon as the stream has passed the launch."""
+        gemm, workspace = self.without_y([y.shape[1] for y in ys])
+        _write(gemm, ys)
+        return gemm, workspace
+
+    def without_y(self, widths: Sequence[int]) -> tuple[Gemm, Tensor]:
+        """For the first stage alone; `widths` are out_features of the slices."""
+        gemm = Gemm(
+            arena=self.arena.data_ptr(),
+            directory=self.directory.data_ptr(),
+            parameter_count=self.directory.shape[0],
+            slot_count=self.directory.shape[1],
+            max_rank=self.max_rank,
+            dtype=_dtype(self.x),
+            token_count=self.x.shape[0],
+            in_features=self.x.shape[1],
+            in_offset=self.in_offset,
+            x=self.x.data_ptr(),
+            x_stride=self.x.stride(0),
+            plan=self.plan.data_ptr(),
+            slice_count=len(widths),
+        )
+        for place, (width, parameter, offset) in enumerate(zip(widths, self.parameters, self.out_offsets, strict=True)):
+            gemm.slices[place] = Slice(parameter, width, offset)
+        workspace = torch.empty(native_library().workspace_bytes(gemm), dtype=torch.uint8, device=self.x.device)
+        gemm.workspace, gemm.workspace_bytes = workspace.data_ptr(), workspace.numel()
+        return gemm, workspace
+
+
 class StartedDelta:
     """A `delta_gemm` of few tokens, whose first stage runs beside what the current stream gets next: the base's y."""
 
-    def __init__(
-        self,
-        arena: Tensor,
-        directory: Tensor,
-        plan: Tensor,
-        x: Tensor,
-        widths: Sequence[int],
-        parameters: Sequence[int],
-        max_rank: int,
-        in_offset: int,
-        out_offsets: Sequence[int],
-        side: torch.cuda.Stream,
-    ) -> None:
-        """Starts it on the stream `side`; `widths` are out_features of the slices, all else is `delta_gemm`'s."""
+    def __init__(self, product: Product, widths: Sequence[int], side: torch.cuda.Stream) -> None:
+        """Starts it on the stream `side`; `widths` are out_features of the slices."""
         self._side = side
-        self._gemm, self._workspace = _gemm(
-            arena, directory, plan, x, widths, parameters, max_rank, in_offset, out_offsets
-        )
-        side.wait_stream(torch.cuda.current_stream(x.device))
+        self._gemm, self._workspace = product.without_y(widths)
+        side.wait_stream(torch.cuda.current_stream(product.x.device))
         native_library().delta_shrink(self._gemm, int(side.cuda_stream))
 
     def add_to(self, ys: Sequence[Tensor]) -> None:
@@ -214,57 +246,6 @@ def _batch(arena: Tensor, directory: Tensor, slots: Tensor, activation: Tensor) 
         token_count=len(slots),
         dtype=_dtype(activation),
     )
-
-
-def _product(
-    arena: Tensor,
-    directory: Tensor,
-    plan: Tensor,
-    x: Tensor,
-    ys: Sequence[Tensor],
-    parameters: Sequence[int],
-    max_rank: int,
-    in_offset: int,
-    out_offsets: Sequence[int],
-) -> tuple[Gemm, Tensor]:
-    widths = [y.shape[1] for y in ys]
-    gemm, workspace = _gemm(arena, directory, plan, x, widths, parameters, max_rank, in_offset, out_offsets)
-    _write(gemm, ys)
-    return gemm, workspace
-
-
-def _gemm(
-    arena: Tensor,
-    directory: Tensor,
-    plan: Tensor,
-    x: Tensor,
-    widths: Sequence[int],
-    parameters: Sequence[int],
-    max_rank: int,
-    in_offset: int,
-    out_offsets: Sequence[int],
-) -> tuple[Gemm, Tensor]:
-    """The arguments but for y, and their workspace: free for others as soon as the stream has passed the launch."""
-    gemm = Gemm(
-        arena=arena.data_ptr(),
-        directory=directory.data_ptr(),
-        parameter_count=directory.shape[0],
-        slot_count=directory.shape[1],
-        max_rank=max_rank,
-        dtype=_dtype(x),
-        token_count=x.shape[0],
-        in_features=x.shape[1],
-        in_offset=in_offset,
-        x=x.data_ptr(),
-        x_stride=x.stride(0),
-        plan=plan.data_ptr(),
-        slice_count=len(widths),
-    )
-    for place, (width, parameter, offset) in enumerate(zip(widths, parameters, out_offsets, strict=True)):
-        gemm.slices[place] = Slice(parameter, width, offset)
-    workspace = torch.empty(native_library().workspace_bytes(gemm), dtype=torch.uint8, device=x.device)
-    gemm.workspace, gemm.workspace_bytes = workspace.data_ptr(), workspace.numel()
-    return gemm, workspace
 
 
 def _write(gemm: Gemm, ys: Sequence[Tensor]) -> None:

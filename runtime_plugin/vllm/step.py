@@ -11,7 +11,7 @@ import torch
 from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import Arena, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.ops_cuda import StartedDelta
+from deltaweave.runtime_plugin.pytorch.ops_cuda import Product, StartedDelta
 from numpy.typing import NDArray
 
 __all__ = ["Step"]
@@ -146,8 +146,8 @@ class Step:
         if not self.active or self._side is None or len(x) > self.most_beside:
             return None
         arena, plan = self.arena, self._plans[0, 0]
-        fixed = (parameters, arena.max_rank, in_offset, out_offsets)
-        return StartedDelta(arena.buffer, directory, plan, x, widths, *fixed, self._side)
+        product = Product(arena.buffer, directory, plan, x, parameters, arena.max_rank, in_offset, out_offsets)
+        return StartedDelta(product, widths, self._side)
 
     def add(
         self,

@@ -5,15 +5,17 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from delta_gemm_case import PRESET, TOLERANCE, Case, Setup, check
 from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record
+from deltaweave.runtime_plugin.pytorch import ops_cuda
 from dense_gemm_case import Head
 from dense_gemm_case import Setup as HeadSetup
-from device_arena import DeviceArena, Step, placed
+from device_arena import DeviceArena, Step, placed, poisoned
 from emulated_library import build_emulated, cuda_headers
 from factored_records import RandomBand, RandomRecord
 
@@ -138,6 +140,25 @@ def test_halves_give_the_same_bits(emulated, tokens):
     emulated.delta_expand(gemm)
     assert workspace.numel() == gemm.workspace_bytes
     assert all(torch.equal(y, whole) for y, whole in zip(ys, setup.run(), strict=True))
+
+
+def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
+    """The ops of a GPU's host, in one call and in halves, without streams."""
+    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    monkeypatch.setattr(ops_cuda, "native_library", lambda: emulated)
+    monkeypatch.setattr(torch, "empty", lambda size, dtype, device: poisoned(size, 0xFF, "cpu"))  # aligned as on a GPU
+    case = Case(tokens=4, slots=[0, 2, -1, 1], in_features=300, outs=(100, 77), group_offsets=(37, 21))
+    setup = Setup(emulated, case, "cpu")
+    step, expected = Step(setup.arena, setup.slots), setup.run()
+    step.make_plan()
+    tensors = (setup.arena.buffer, setup.arena.directory, step.plan, setup.x)
+    numbers = ([0, 1], setup.arena.max_rank, 37, [21, 21])
+    whole, halves = ([torch.zeros(4, out, dtype=setup.x.dtype) for out in case.outs] for _ in range(2))
+    ops_cuda.Kernels.delta_gemm(*tensors, whole, *numbers, None)
+    ops_cuda.StartedDelta(ops_cuda.Product(*tensors, *numbers), case.outs, stream).add_to(halves)
+    for results in (whole, halves):
+        assert all(torch.equal(y, right) for y, right in zip(results, expected, strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "in_features"), [(11, 1152), (DENSE, 256)], ids=["decode", "prefill"])
