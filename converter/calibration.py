@@ -312,7 +312,7 @@ class BlockStream:
     def _weight(self, name: str) -> torch.Tensor:
         if name not in self.checkpoint:
             raise CheckpointError(f"{self.checkpoint.folder}: has no tensor {name}")
-        return self.checkpoint.tensor(name).to(self.device).to(self.dtype)  # what is converted on a GPU crosses narrow
+        return self.checkpoint.tensor(name).to(self.device).to(self.dtype)  # 16-bit values cross the bus
 
     def _record(self, config: Any, sequence_length: int) -> list[dict[str, Any]]:
         """The keyword arguments that each block receives for an unpadded sequence."""

@@ -122,11 +122,9 @@ def nearest(
     """
     length = vectors.shape[1]
     groups = _grouped(vectors, group_size)
-    grid = _fit_grid(groups, _group_lengths(length, group_size, vectors.device), width, fit)
-    scale, zero = grid.float().unsqueeze(-2).unbind(-1)
-    codes = _encode(groups, scale, zero, (1 << width) - 1)
-    values = scale * (codes - zero)
-    return codes.flatten(-2)[:, :length], grid, values.flatten(-2)[:, :length]
+    grid = _fit_grid(groups, length, width, fit)
+    codes, values = (found.flatten(-2)[:, :length] for found in _on_grid(groups, grid, width))
+    return codes, grid, values
 
 
 class VectorsAsRows:
@@ -178,27 +176,23 @@ class VectorsAsColumns:
         self.result = QuantizedRows.empty(bits.numel(), length, group_size, device)
         self.bits = bits.to(device)
         self._bits: list[int] = bits.tolist()
-        self._lengths = _group_lengths(length, group_size, device)
 
     def quantize(self, column: int, values: torch.Tensor) -> torch.Tensor:
         """Quantizes one whole singular vector [out_features]."""
-        bits, size = self._bits[column], self.result.group_size
+        result, bits = self.result, self._bits[column]
         if bits == 16:
-            self.result.values[column] = values.half().float()
-            return self.result.values[column]
-        grid = _fit_grid(_grouped(values, size), self._lengths, bits, self.fit)
-        scale, zero = _per_value(grid, values.numel(), size)
-        codes = _encode(values, scale, zero, (1 << bits) - 1)
-        self.result.codes[column], self.result.grid[column] = codes.to(torch.uint8), grid
-        self.result.values[column] = scale * (codes - zero)
-        return self.result.values[column]
+            result.values[column] = values.half().float()
+            return result.values[column]
+        [codes], [grid], [rounded] = nearest(values[None], bits, result.group_size, self.fit)
+        result.codes[column], result.grid[column], result.values[column] = codes.to(torch.uint8), grid, rounded
+        return result.values[column]
 
 
-def _fit_grid(groups: torch.Tensor, lengths: torch.Tensor, bits: int, fit: GridFit) -> torch.Tensor:
-    """(scale, zero) float16 [..., groups, 2] of zero-padded groups [..., groups, group_size]."""
+def _fit_grid(groups: torch.Tensor, length: int, bits: int, fit: GridFit) -> torch.Tensor:
+    """(scale, zero) float16 [..., groups, 2] of `length` values in zero-padded groups [..., groups, group_size]."""
     if bits == 1:
         # Two levels around zero: the mean magnitude is their least-squares distance from it.
-        scale = _storable(2 * groups.abs().sum(-1) / lengths)
+        scale = _storable(2 * groups.abs().sum(-1) / _group_lengths(length, groups.shape[-1], groups.device))
         return torch.stack([scale, torch.full_like(scale, 0.5)], -1)
     grid = _spanning_grid(groups, bits, 1.0)
     if fit == "min-max":
@@ -222,17 +216,19 @@ def _spanning_grid(groups: torch.Tensor, bits: int, span: float) -> torch.Tensor
 
 def _grid_error(groups: torch.Tensor, grid: torch.Tensor, bits: int) -> torch.Tensor:
     """Squared error of each group on its grid. Zeros that fill up the last group cost nothing: a code stands for 0."""
+    _, values = _on_grid(groups, grid, bits)
+    return (values - groups).square().sum(-1)
+
+
+def _on_grid(groups: torch.Tensor, grid: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The nearest codes, and the values that they stand for; float32 [..., groups, group_size]."""
     scale, zero = grid.float().unsqueeze(-2).unbind(-1)
-    codes = _encode(groups, scale, zero, (1 << bits) - 1)
-    return (scale * (codes - zero) - groups).square().sum(-1)
+    codes = (groups / scale + zero).round_().clamp_(0, (1 << bits) - 1)
+    return codes, scale * (codes - zero)
 
 
 def _storable(scale: torch.Tensor) -> torch.Tensor:
     return scale.clamp_min(SMALLEST_SCALE).half()
-
-
-def _encode(values: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, most: int) -> torch.Tensor:
-    return (values / scale + zero).round_().clamp_(0, most)
 
 
 def _grouped(values: torch.Tensor, group_size: int) -> torch.Tensor:
@@ -246,12 +242,6 @@ def _group_lengths(length: int, group_size: int, device: torch.device) -> torch.
     lengths = torch.full((-(-length // group_size),), group_size, dtype=torch.float32, device=device)
     lengths[-1] -= -length % group_size
     return lengths
-
-
-def _per_value(grid: torch.Tensor, length: int, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Spreads a grid [..., groups, 2] over its values: scale and zero, float32 [..., length]."""
-    spread = grid.float().repeat_interleave(group_size, -2)[..., :length, :]
-    return spread[..., 0], spread[..., 1]
 
 
 def _packed(codes: torch.Tensor, bits: int) -> np.ndarray:
