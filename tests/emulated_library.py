@@ -14,7 +14,6 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,7 +28,7 @@ KERNELS = (
     *("prepare", "repack", "repack_blocks", "repack_numbers", "shrink"),
 )
 HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "no_cuda")
-# An instruction by its first words, a file, and C++ that means the same.
+# A file, an instruction in it by its first words, and C++ that means the same.
 INSTRUCTIONS = (
     ("expand_shares.cuh", "prefetch", ""),
     ("fragment.cuh", "mma.sync", "emulation::multiply(d, a, b0, b1);"),
@@ -96,7 +95,7 @@ def _run(command: list[str], folder: Path) -> None:
 
 
 def _rewrite(folder: Path) -> None:
-    def edit(name: str, pattern: str, by: str | Callable[[re.Match[str]], str]) -> None:
+    def edit(name: str, pattern: str, by: str) -> None:
         path = folder / name
         text, count = re.subn(pattern, by, path.read_text(), flags=re.DOTALL)
         assert count > 0, f"{name} has nothing like {pattern!r} any more: what does it do now?"

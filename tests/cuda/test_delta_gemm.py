@@ -7,9 +7,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from delta_gemm_case import PRESET, TOLERANCE, Case, Setup, check
+from delta_gemm_case import PRESET, Case, Setup, check
 from deltaweave.runtime_plugin.library import LibraryError
 from factored_records import RandomBand, RandomRecord
+from gpu_checks import TOLERANCE
 
 pytestmark = pytest.mark.gpu
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from delta_gemm_case import PRESET, TOLERANCE, Case, Setup, check
+from delta_gemm_case import PRESET, Case, Setup, check
 from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record
 from deltaweave.runtime_plugin.pytorch import ops_cuda
 from dense_gemm_case import Head
@@ -18,6 +18,7 @@ from dense_gemm_case import Setup as HeadSetup
 from device_arena import DeviceArena, Step, placed, poisoned
 from emulated_library import build_emulated, cuda_headers
 from factored_records import RandomBand, RandomRecord
+from gpu_checks import TOLERANCE
 
 DENSE = 133  # tokens of a slot: a tile and a few. Slots of fewer than 128 are decode's
 ALL_WIDTHS = ((16, 3), (8, 9), (4, 17), (3, 33), (2, 40), (1, 21), (16, 19), (2, 1))
