@@ -20,6 +20,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 from cells import Work
+from compression_cache import CompressionCache
 from deltaweave.converter import (
     BitDeltaOptions,
     Checkpoint,
@@ -36,7 +37,6 @@ from finetune import encode, replies, score_answers
 from problems import SKILLS, Item
 from report import bits_of, print_tables, save_plots, summary
 from results_file import circumstances, write_result
-from shared import Shared
 from tuning import TUNINGS, Tuning, spectrum, tune, write_calibration
 
 from deltaweave.models import load_checkpoint, load_tokenizer
@@ -154,7 +154,7 @@ class FineTune:
         self._lab, self.folder, self.tuning, self.seed = lab, folder, tuning, seed
         self._tuned: Any = None
         self._candidate: Any = None
-        self._shared = Shared(folder)
+        self._cache = CompressionCache(folder)
 
     @property
     def lab(self) -> Laboratory:
@@ -228,7 +228,7 @@ class FineTune:
             policies=policies,
             device=lab.device,
         )
-        with self._shared.inside():
+        with self._cache.in_use():
             compress(lab.base, self.tuned_folder, path, compression, force=True, restart=True)
 
     def _assembled(self, delta: Delta) -> Any:

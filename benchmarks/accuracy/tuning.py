@@ -19,7 +19,7 @@ from problems import SKILLS
 from deltaweave.gates.examples import Example
 from deltaweave.models import load_checkpoint
 
-__all__ = ["TUNINGS", "Tuning", "spectrum", "training_examples", "tune", "write_calibration"]
+__all__ = ["TUNINGS", "Tuning", "spectrum", "tune", "write_calibration"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def tune(base: Path, folder: Path, tuning: Tuning, seed: int, device: str, token
     torch.manual_seed(seed)
     model: Any = load_checkpoint(base, torch.float32).to(device)
     model.get_input_embeddings().weight.requires_grad_(False)
-    examples, source = training_examples(tuning, seed, tokenizer)
+    examples, source = _training_examples(tuning, seed, tokenizer)
     batches = (source.sample(examples, tuning.batch_size) for _ in range(tuning.steps))
     if device == "cuda":
         losses = train_as_graph(model, batches, tuning.steps, tuning.rate, max(map(len, examples)))
@@ -86,7 +86,7 @@ def spectrum(base: Path, tuned: Path, device: str) -> dict[str, float]:
     return {"leading_tenth": sum(shares) / len(shares), "relative_size": sum(sizes) / len(sizes)}
 
 
-def training_examples(tuning: Tuning, seed: int, tokenizer: Any) -> tuple[list[Example], random.Random]:
+def _training_examples(tuning: Tuning, seed: int, tokenizer: Any) -> tuple[list[Example], random.Random]:
     """The examples, and the source that batches of them are drawn with."""
     source = random.Random(f"training {tuning.skill} {seed}")
     made = (SKILLS[tuning.skill](source, held_out=False) for _ in range(tuning.examples))

@@ -54,7 +54,7 @@ def test_what_cells_share_changes_no_byte(tmp_path, monkeypatch):
     wanted = [(1 / 2, {}), (1 / 4, {}), (1 / 4, {"sensitivity": "fisher"})]
     alone = [made(f"alone-{index}", ratio, **changes) for index, (ratio, changes) in enumerate(wanted)]
     measured.clear()
-    with load("shared", monkeypatch).Shared(tmp_path).inside():
+    with load("compression_cache", monkeypatch).CompressionCache(tmp_path).in_use():
         shared = [made(f"shared-{index}", ratio, **changes) for index, (ratio, changes) in enumerate(wanted)]
     assert shared == alone
     assert len(measured) == 2 * 2  # two layers, for either sensitivity

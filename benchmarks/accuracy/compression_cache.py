@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from deltaweave.converter.svd import short_vectors
 
-__all__ = ["Shared"]
+__all__ = ["CompressionCache"]
 
 # What of a recipe decides its tables; drift decides in which dtype the fine-tune is walked.
 MEASURE = {"sensitivity", "widths", "group_size", "grid", "whiten", "correct_drift"}
 
 
-class Shared:
+class CompressionCache:
     """Singular vectors are kept in memory; tables in files, where other processes find them."""
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +29,7 @@ class Shared:
         self._vectors: dict[tuple[Any, ...], torch.Tensor] = {}
 
     @contextmanager
-    def inside(self) -> Iterator[None]:
+    def in_use(self) -> Iterator[None]:
         """Inside, the converter looks here before it decomposes or measures."""
         decompositions: Any = importlib.import_module("deltaweave.converter.decompositions")
         measuring: Any = importlib.import_module("deltaweave.converter.measuring")
