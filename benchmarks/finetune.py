@@ -87,7 +87,7 @@ def train_as_graph(model: Any, batches: Iterable[list[Example]], steps: int, rat
     losses, aside = [], torch.cuda.Stream()
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for index in range(WARM_UP):
+        for index in range(min(WARM_UP, steps)):
             if index:
                 load(next(following))
             optimizer.zero_grad()
