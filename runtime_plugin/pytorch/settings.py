@@ -40,8 +40,8 @@ class SlotSettings:
         Returns:
             each one's [slots + 1, features].
         """
-        ends = list(itertools.accumulate(len(vector) for vector in vectors.values()))
-        self._places = dict(zip(vectors, map(slice, [0, *ends], ends), strict=False))
+        bounds = itertools.accumulate((len(vector) for vector in vectors.values()), initial=0)
+        self._places = {index: slice(*pair) for index, pair in zip(vectors, itertools.pairwise(bounds), strict=True)}
         row = torch.cat(list(vectors.values()))
         self._base, self._vectors = row.cpu(), row.repeat(len(self.vocabulary), 1)
         return {index: self._vectors[:, place] for index, place in self._places.items()}

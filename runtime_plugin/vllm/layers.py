@@ -137,12 +137,8 @@ class ServedRotary(nn.Module):
     def __init__(self, base: Any, step: Step) -> None:
         """`base`: vLLM's, whose heads these are."""
         super().__init__()
-        self.head_size, settings = int(base.head_size), step.arena.settings
-        self.frequencies, self.scale, self.rows = (
-            settings.inverse_frequencies,
-            settings.rotary_scale,
-            step.settings_rows,
-        )
+        self.head_size, self.rows, settings = int(base.head_size), step.settings_rows, step.arena.settings
+        self.frequencies, self.scale = settings.inverse_frequencies, settings.rotary_scale
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor | None = None
