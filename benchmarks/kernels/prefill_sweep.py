@@ -64,6 +64,9 @@ def main() -> None:
     parser.add_argument("output", type=Path, help="file that lines are added to")
     parser.add_argument("libraries", type=Path, nargs="+", help="builds of libdeltaweave")
     arguments = parser.parse_args()
+    for path in arguments.libraries:
+        if not path.is_file():
+            parser.error(f"{path}: no such library")
     rng = np.random.default_rng(0)
     shapes = {(out, size): bands for size, slices in delta_gemm.GROUPS.values() for out, bands in slices}
     records = {shape: RandomRecord.draw(rng, shape, bands) for shape, bands in shapes.items()}
