@@ -27,7 +27,7 @@ from deltaweave.converter.plan import (
     plan_compression,
 )
 from deltaweave.converter.policies import EmbeddingPolicy, Policies
-from deltaweave.converter.recipe import DEFAULT_RECIPE, Recipe, published_alpha
+from deltaweave.converter.recipe import DEFAULT_RECIPE, Recipe
 from deltaweave.converter.search import ROUNDS
 from deltaweave.converter.verify import Check, verify
 
@@ -54,7 +54,6 @@ __all__ = [
     "compress_bitdelta",
     "estimate",
     "plan_compression",
-    "published_alpha",
     "require_base",
     "require_identity",
     "tuned_names",

@@ -24,7 +24,6 @@ __all__ = [
     "Sensitivity",
     "parse_bands",
     "parse_bytes",
-    "published_alpha",
 ]
 
 BITS = (*CODE_BITS, 16)
@@ -309,13 +308,6 @@ def parse_bytes(text: str) -> int:
         raise RecipeError(f"{text!r} is no size, expected one such as 900MB, 1.5GiB or a number of bytes")
     base, power = (1024 if unit.endswith("i") else 1000), " kMGT".index(unit[:1].replace("K", "k") or " ")
     return int(float(match[1]) * base**power)
-
-
-def published_alpha(shape: tuple[int, int], bands: tuple[Band, ...]) -> float:
-    """The paper's compression ratio of one matrix: code bits alone over 16-bit weights (arXiv 2406.08903)."""
-    out_features, in_features = shape
-    bits = sum(band.bits * band.rank for band in bands)
-    return bits * (out_features + in_features) / (16 * out_features * in_features)
 
 
 def _merged(fields: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:

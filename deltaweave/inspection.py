@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from deltaweave.converter import published_alpha
 from deltaweave.formats import (
     BaseRecord,
     Delta,
@@ -23,6 +22,7 @@ from deltaweave.formats import (
     RowsRecord,
     dense_bytes,
     factored_bytes,
+    published_alpha,
 )
 
 __all__ = ["ExpertSummary", "RecordSummary", "describe_gate", "summarize", "summarize_experts"]

@@ -52,6 +52,7 @@ from deltaweave.formats.records import (
     apply_record,
     dense_bytes,
     factored_bytes,
+    published_alpha,
 )
 from deltaweave.formats.sharding import shard
 from deltaweave.formats.writer import load_records, save_records, write_delta
@@ -105,6 +106,7 @@ __all__ = [
     "open_tenant",
     "pack_codes",
     "parse_fusion",
+    "published_alpha",
     "read_fusion",
     "record_bytes",
     "resolve_expert",

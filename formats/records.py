@@ -25,6 +25,7 @@ __all__ = [
     "apply_record",
     "dense_bytes",
     "factored_bytes",
+    "published_alpha",
 ]
 
 ExactDtype = Literal["F32", "F16", "BF16"]
@@ -257,6 +258,13 @@ def factored_bytes(shape: tuple[int, int], bands: Sequence[Band], group_size: in
     rank = sum(band.rank for band in bands)
     sigma = ByteCount(sigma=4 * rank, padding=padded(4 * rank) - 4 * rank)
     return sigma + matrix_bytes(bands, shape[0], group_size) + matrix_bytes(bands, shape[1], group_size)
+
+
+def published_alpha(shape: tuple[int, int], bands: Sequence[Band]) -> float:
+    """The paper's compression ratio of one matrix: code bits alone over 16-bit weights (arXiv 2406.08903)."""
+    out_features, in_features = shape
+    bits = sum(band.bits * band.rank for band in bands)
+    return bits * (out_features + in_features) / (16 * out_features * in_features)
 
 
 def dense_bytes(shape: tuple[int, int], bits: int, group_size: int | None) -> ByteCount:

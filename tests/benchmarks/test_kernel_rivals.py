@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from deltaweave.converter import published_alpha
 from deltaweave.formats import Band as FileBand
+from deltaweave.formats import published_alpha
 from deltaweave.runtime_plugin.library import find_library
 from factored_records import RandomBand, RandomFactor, RandomRecord
 

@@ -3,8 +3,8 @@
 
 import pytest
 from deltaweave.converter.errors import RecipeError
-from deltaweave.converter.recipe import PRESETS, Recipe, parse_bands, published_alpha
-from deltaweave.formats import Band, factored_bytes
+from deltaweave.converter.recipe import PRESETS, Recipe, parse_bands
+from deltaweave.formats import Band, factored_bytes, published_alpha
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

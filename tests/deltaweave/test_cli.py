@@ -88,14 +88,19 @@ def test_gate_is_listed_as_it_says_of_itself():
     assert importlib.import_module("deltaweave.cli.gate").gate_app.info.help == LISTED["gate"]
 
 
-def test_help_is_quick():
-    """Nothing that takes seconds to import is imported to list the commands, or to say that there is no such one."""
+def test_help_and_inspect_are_quick(made):
+    """Nothing that takes seconds to import is imported to list commands, to miss one, or to read a file's header."""
     code = "import sys; from deltaweave.cli import main\ntry: main(sys.argv[1:])\nfinally: print(sorted(sys.modules))"
-    for words, status in (["--help"], 0), (["frobnicate"], 2), ([], 2):
+    for words, status, told in (
+        (["--help"], 0, "compress"),
+        (["frobnicate"], 2, "frobnicate"),
+        ([], 2, "compress"),
+        (["inspect", str(made[2]), "--json"], 0, "alpha"),
+    ):
         done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, timeout=60)
         assert done.returncode == status, done.stderr
         assert "'torch'" not in done.stdout and "'transformers'" not in done.stdout
-        assert ("frobnicate" if words == ["frobnicate"] else "compress") in done.stdout + done.stderr
+        assert told in done.stdout + done.stderr
 
 
 def test_version_and_help(capsys):
