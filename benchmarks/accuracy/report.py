@@ -13,20 +13,13 @@ from matplotlib.lines import Line2D
 from rich.console import Console
 from rich.table import Table
 
+from deltaweave.evaluation import TaskScore
 from deltaweave.report.style import MARKERS, Axes, new_figure, plot_style, series_colour, to_png
 
-__all__ = ["bits_of", "interval", "lost", "print_tables", "save_plots", "summary"]
+__all__ = ["bits_of", "lost", "print_tables", "save_plots", "summary"]
 
 Cells = dict[str, dict[str, Any]]
 COMPARED = ("against_triple", "prompts_against_triple", "against_triple_16", "prompts_against_triple_16")
-
-
-def interval(share: float, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share of `count` items."""
-    z = 1.96
-    middle = (share + z * z / (2 * count)) / (1 + z * z / count)
-    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count)) / (1 + z * z / count)
-    return middle - half, middle + half
 
 
 def bits_of(right: Sequence[bool]) -> str:
@@ -207,7 +200,7 @@ def _loss(share: float, error: float) -> str:
 
 
 def _share(share: float, count: int) -> str:
-    low, high = interval(share, count)
+    low, high = TaskScore(round(share * count), count).interval
     return f"{100 * share:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
