@@ -27,12 +27,13 @@ from deltaweave.converter.plan import (
     plan_compression,
 )
 from deltaweave.converter.policies import EmbeddingPolicy, Policies
-from deltaweave.converter.recipe import DEFAULT_RECIPE, Recipe
+from deltaweave.converter.recipe import DEFAULT_RECIPE, PRESETS, Recipe
 from deltaweave.converter.search import ROUNDS
 from deltaweave.converter.verify import Check, verify
 
 __all__ = [
     "DEFAULT_RECIPE",
+    "PRESETS",
     "ROUNDS",
     "BitDeltaOptions",
     "CalibrationError",

@@ -23,6 +23,7 @@ from deltaweave.cli.console import (
 from deltaweave.cli.inspect import print_totals, totals
 from deltaweave.converter import (
     DEFAULT_RECIPE,
+    PRESETS,
     ROUNDS,
     BitDeltaOptions,
     CompressionOptions,
@@ -180,6 +181,8 @@ def _recipe(name: str, bands: str | None, options: dict[str, Any]) -> Recipe:
         return Recipe.checked({"name": "custom", "bands": bands, **fields}, "--bands")
     if name.endswith((".yaml", ".yml")):
         return Recipe.from_yaml(name, **fields)
+    if name not in PRESETS:
+        raise RecipeError(f"--recipe {name}: expected one of {', '.join([*PRESETS, BITDELTA])} or a YAML file")
     return Recipe.preset(name, **fields)
 
 

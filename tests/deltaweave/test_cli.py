@@ -213,7 +213,7 @@ def test_shrunk_bands_are_told(made, tmp_path, capsys):
         (("--max-kl", "0.1", "--held-out", "gone.txt"), "gone.txt: not readable"),
         (("--recipe", "bitdelta", "--max-kl", "0.1"), "--max-kl 0.1: bitdelta has one size"),
         (("--recipe", "bitdelta", "--ratio", "1/4"), "--ratio 1/4: bitdelta has one size"),
-        (("--recipe", "quadruple"), "recipe 'quadruple': unknown"),
+        (("--recipe", "quadruple"), "low-rank, bitdelta or a YAML file"),
         (("--recipe", "gone.yaml"), "gone.yaml: not readable"),
         (("--calibration", "gone.txt", "--ratio", "3/4"), "gone.txt: not readable"),
         (("--samples", "0"), "--samples"),
