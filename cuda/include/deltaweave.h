@@ -289,6 +289,7 @@ typedef struct dw_gemm {
   size_t workspace_bytes;
   const float* weights; /* of token t at t * weights_stride; NULL for ones */
   int64_t weights_stride;
+  int32_t overwrite; /* 1: y is the deltas alone, zeros where a token has none, whatever it held */
 } dw_gemm;
 /* Reads sizes alone: pointers may be NULL. In prefill the workspace has room for 16-bit images of
  * the tokens, by tiles of 128 a slot. */

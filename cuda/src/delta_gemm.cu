@@ -55,6 +55,7 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_recor
   gemm.x_scale = in_place ? nullptr : reinterpret_cast<const float*>(workspace + cut.x_scale);
   gemm.token_weights = args.weights;
   gemm.token_weights_stride = args.weights_stride;
+  gemm.overwrite = args.overwrite != 0;
   gemm.plan = static_cast<const int*>(args.plan);
   gemm.chunk_tokens = resolve_chunk(args.chunk_tokens, args.token_count);
   gemm.h = reinterpret_cast<float*>(workspace + cut.h);
@@ -119,11 +120,11 @@ dw_status run_shrink(const dw_gemm& args, const Workspace& cut, dw_record_kind r
   return check_launch(launch_shrink(gemm, beside, stream), "shrink");
 }
 
-dw_status run_expand(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
+dw_status run_expand(const dw_gemm& args, const Workspace& cut, dw_record_kind record, bool beside,
                      cudaStream_t stream) {
   const Gemm gemm = describe(args, cut, readable_in_place(args), record);
   if (record == DW_LORA) return check_launch(launch_lora_expand(gemm, stream), "expand of LoRAs");
-  return check_launch(launch_expand(gemm, stream), "expand");
+  return check_launch(launch_expand(gemm, beside, stream), "expand");
 }
 
 // Slots with many: both stages as products of packed codes, unpacked in registers, with 16-bit
@@ -140,8 +141,9 @@ dw_status run(const dw_gemm& args, dw_record_kind record, void* stream_pointer) 
   const Workspace cut = cut_workspace(args);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   if (cut.image_tiles > 0) DW_RETURN_IF_ERROR(run_dense(args, cut, record, stream));
-  DW_RETURN_IF_ERROR(run_shrink(args, cut, record, false, stream));
-  return run_expand(args, cut, record, stream);
+  const bool beside = args.overwrite != 0;
+  DW_RETURN_IF_ERROR(run_shrink(args, cut, record, beside, stream));
+  return run_expand(args, cut, record, beside, stream);
 }
 
 }  // namespace
@@ -164,7 +166,7 @@ dw_status dw_delta_shrink(const dw_gemm* args, void* stream) {
 dw_status dw_delta_expand(const dw_gemm* args, void* stream) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
   DW_RETURN_IF_ERROR(dw::check_half(*args, true));
-  return dw::run_expand(*args, dw::cut_workspace(*args), DW_FACTORED,
+  return dw::run_expand(*args, dw::cut_workspace(*args), DW_FACTORED, args->overwrite != 0,
                         static_cast<cudaStream_t>(stream));
 }
 

@@ -34,6 +34,7 @@ struct Gemm {
   const float* token_weights;  // of token t at t * token_weights_stride, of LORA with a band's
                                // at its number behind it; null for 1
   int64_t token_weights_stride;
+  bool overwrite;  // y's old values are not read
   const int* plan;
   int chunk_tokens;
   float* h;           // [tiles, slices, tokens, ranks]
@@ -57,7 +58,7 @@ cudaError_t launch_plan(const int32_t* slots, int tokens, int slot_count, int ch
                         cudaStream_t stream);
 cudaError_t launch_prepare(const dw_gemm& args, const Workspace& cut, cudaStream_t stream);
 cudaError_t launch_shrink(const Gemm& gemm, bool beside, cudaStream_t stream);
-cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_expand(const Gemm& gemm, bool beside, cudaStream_t stream);
 cudaError_t launch_lora_shrink(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_lora_expand(const Gemm& gemm, cudaStream_t stream);
 

@@ -364,6 +364,13 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
                        units * most * (blockIdx.x + 1) / gridDim.x};
   Run<T> run(gemm, shared);
   bool waited = false;
+  const auto wait = [&] {
+    if (!waited) {
+      after_previous();
+      clear_outputs(gemm);
+    }
+    waited = true;
+  };
   for (int64_t first = range.first; first < range.last;) {
     const int64_t unit = first / most;
     const Range batch = {first, min(min(range.last, first + kBlocks), (unit + kUnits) * most)};
@@ -372,12 +379,11 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     list_steps(gemm, shared);
     __syncthreads();
     run.begin_batch();
-    if (!waited) after_previous();
-    waited = true;
+    wait();
     run.run_batch();
     first = batch.last;
   }
-  if (!waited) after_previous();
+  wait();
 }
 
 template <typename T>

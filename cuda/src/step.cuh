@@ -159,6 +159,25 @@ struct Outputs {
   }
 };
 
+// Zeros in the y of all slices of a call that overwrites them; all threads of the launch call it.
+__device__ __forceinline__ void clear_outputs(const Gemm& gemm) {
+  if (!gemm.overwrite) return;
+  for (int s = 0; s < gemm.slice_count; ++s) {
+    const Slice& slice = gemm.slices[s];
+    const int quads = ceil_div(slice.out_features, 4);
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < gemm.token_count * quads;
+         i += gridDim.x * blockDim.x) {
+      const int n = i % quads * 4;
+      uint16_t* to = static_cast<uint16_t*>(slice.y) + i / quads * slice.y_stride + n;
+      if (n + 4 <= slice.out_features && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(0, 0);
+        continue;
+      }
+      for (int k = 0; k < min(4, slice.out_features - n); ++k) to[k] = 0;
+    }
+  }
+}
+
 // Launches a kernel that may begin before its predecessor has ended (ring.cuh, after_previous).
 template <typename... Parameters>
 cudaError_t launch_dependent(void (*kernel)(Parameters...), dim3 grid, int threads,

@@ -292,6 +292,7 @@ class Gemm(ctypes.Structure):
         ("workspace_bytes", c_size_t),
         ("weights", c_void_p),
         ("weights_stride", c_int64),
+        ("overwrite", c_int32),
     ]
 
 
