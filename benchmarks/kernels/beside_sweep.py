@@ -4,8 +4,8 @@
     python benchmarks/kernels/beside_sweep.py OUTPUT.jsonl build/sm90/cuda/libdeltaweave.so [--dtype bfloat16]
 
 Llama-2-7B's linears for 1, 8, 32 and 128 tokens of as many tenants: the base's products (torch.mm) and the deltas of 32
-layers as one CUDA graph. A line of JSON a number of tenants: ms of every layout. The results of each are checked against
-float64 on the GPU. About a second a line.
+layers as one CUDA graph. A line of JSON a number of tenants: ms of every layout. The results of each are checked
+against float64 on the GPU. About a second a line.
 
 base            products of the base alone
 one stream      base, delta added to its y, one after the other

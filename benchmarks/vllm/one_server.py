@@ -140,7 +140,7 @@ def on_one_stream(worker: Any) -> None:
     from deltaweave.runtime_plugin.vllm.step import Step
     from vllm.compilation.cuda_graph import CUDAGraphWrapper
 
-    Step.current.most_beside = 0
+    Step.current.most_apart = 0
     if Step.current.arena.buffer.is_cuda:
         CUDAGraphWrapper.clear_all_graphs()
         worker.model_runner.capture_model()

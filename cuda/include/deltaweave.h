@@ -39,7 +39,7 @@ extern "C" {
 #define DW_API
 #endif
 
-#define DW_ABI_VERSION 6
+#define DW_ABI_VERSION 7
 
 #define DW_MAX_BANDS 8
 #define DW_MAX_EXPERTS 8 /* of a fusion */
@@ -289,16 +289,16 @@ typedef struct dw_gemm {
   size_t workspace_bytes;
   const float* weights; /* of token t at t * weights_stride; NULL for ones */
   int64_t weights_stride;
-  int32_t overwrite; /* 1: y is the deltas alone, zeros where a token has none, whatever it held */
+  int32_t overwrite; /* of dw_delta_gemm and its halves, not in prefill: 1 for y_s[t] = instead of
+                        +=, zeros where a slot has no factored record */
 } dw_gemm;
 /* Reads sizes alone: pointers may be NULL. In prefill the workspace has room for 16-bit images of
  * the tokens, by tiles of 128 a slot. */
 DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
-/* The same in two calls with the same arguments, for a host that computes the base's y beside the
- * first: dw_delta_shrink reads x, may have y NULL, and leaves part of the GPU to others where
- * tokens are few; dw_delta_expand adds to y, and needs the workspace as the first left it. Not for
- * prefill. */
+/* The same in two calls with the same arguments: dw_delta_shrink reads x, and may have y NULL where
+ * it is not overwritten; dw_delta_expand adds to y, and needs the workspace as the first left it.
+ * Not for prefill. */
 DW_API dw_status dw_delta_shrink(const dw_gemm* args, void* stream);
 DW_API dw_status dw_delta_expand(const dw_gemm* args, void* stream);
 

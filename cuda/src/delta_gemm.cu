@@ -151,8 +151,7 @@ dw_status run(const dw_gemm& args, dw_record_kind record, void* stream_pointer) 
 
 dw_status dw_delta_gemm(const dw_gemm* args, void* stream) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
-  DW_RETURN_IF_ERROR(dw::check_sizes(*args));
-  DW_RETURN_IF_ERROR(dw::check_pointers(*args));
+  DW_RETURN_IF_ERROR(dw::check_delta(*args));
   return dw::run(*args, DW_FACTORED, stream);
 }
 

@@ -305,7 +305,8 @@ cudaError_t launch_typed(const Gemm& gemm, bool beside, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
   const bool fits = shared_bytes<16, 1>(gemm) <= shared_bytes_a_block();
-  if (fits && gemm.token_count * groups <= 64) return launch<T, 16, 1>(gemm, groups, beside, stream);
+  if (fits && gemm.token_count * groups <= 64)
+    return launch<T, 16, 1>(gemm, groups, beside, stream);
   if (gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, beside, stream);
   if (gemm.token_count < 64) return launch<T, 4, 2>(gemm, groups, beside, stream);
   return launch<T, 2, 4>(gemm, groups, beside, stream);

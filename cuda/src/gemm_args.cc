@@ -29,6 +29,7 @@ dw_status check_sizes(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_range("slot_count", args.slot_count, 1, INT32_MAX));
   DW_RETURN_IF_ERROR(check_range("parameter_count", args.parameter_count, 1, INT32_MAX));
   DW_RETURN_IF_ERROR(check_chunk(args.chunk_tokens));
+  DW_RETURN_IF_ERROR(check_range("overwrite", args.overwrite, 0, 1));
   for (int s = 0; s < args.slice_count; ++s) {
     const dw_slice& slice = args.slices[s];
     DW_RETURN_IF_ERROR(
@@ -46,15 +47,30 @@ dw_status check_dense(const dw_gemm& args) {
   if (args.weights != nullptr) {
     return fail(DW_ERROR_ARGUMENT, "weights of a dense product, expected NULL");
   }
+  DW_RETURN_IF_ERROR(check_range("overwrite of a dense product", args.overwrite, 0, 0));
   return check_pointers(args);
+}
+
+namespace {
+
+dw_status check_decode(const dw_gemm& args, const char* lacking) {
+  if (cut_workspace(args).image_tiles == 0) return DW_OK;
+  return fail(DW_ERROR_ARGUMENT, args.token_count, " tokens with chunk_tokens ", args.chunk_tokens,
+              " are prefill, which ", lacking);
+}
+
+}  // namespace
+
+dw_status check_delta(const dw_gemm& args) {
+  DW_RETURN_IF_ERROR(check_sizes(args));
+  DW_RETURN_IF_ERROR(check_pointers(args));
+  return args.overwrite == 0 ? DW_OK : check_decode(args, "does not overwrite y");
 }
 
 dw_status check_half(const dw_gemm& args, bool needs_y) {
   DW_RETURN_IF_ERROR(check_sizes(args));
-  DW_RETURN_IF_ERROR(check_pointers(args, needs_y));
-  if (cut_workspace(args).image_tiles == 0) return DW_OK;
-  return fail(DW_ERROR_ARGUMENT, args.token_count, " tokens with chunk_tokens ", args.chunk_tokens,
-              " are prefill, which has no halves");
+  DW_RETURN_IF_ERROR(check_pointers(args, needs_y || args.overwrite != 0));
+  return check_decode(args, "has no halves");
 }
 
 dw_status check_lora(const dw_gemm& args) {
@@ -63,6 +79,7 @@ dw_status check_lora(const dw_gemm& args) {
     return fail(DW_ERROR_ARGUMENT, "no weights, expected float [token_count, ", DW_MAX_EXPERTS,
                 "]");
   }
+  DW_RETURN_IF_ERROR(check_range("overwrite of LoRAs", args.overwrite, 0, 0));
   return check_pointers(args);
 }
 

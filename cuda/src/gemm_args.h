@@ -30,6 +30,7 @@ int resolve_chunk(int chunk_tokens, int token_count);
 dw_status check_chunk(int chunk_tokens);
 dw_status check_sizes(const dw_gemm& args);
 dw_status check_pointers(const dw_gemm& args, bool needs_y = true);
+dw_status check_delta(const dw_gemm& args);
 dw_status check_half(const dw_gemm& args, bool needs_y);
 dw_status check_dense(const dw_gemm& args);
 dw_status check_lora(const dw_gemm& args);

@@ -20,8 +20,7 @@ dw_status dw_repack(const dw_repack_args* args, void*) {
   return refuse("dw_repack");
 }
 dw_status dw_delta_gemm(const dw_gemm* args, void*) {
-  DW_RETURN_IF_ERROR(dw::check_sizes(*args));
-  DW_RETURN_IF_ERROR(dw::check_pointers(*args));
+  DW_RETURN_IF_ERROR(dw::check_delta(*args));
   return refuse("dw_delta_gemm");
 }
 dw_status dw_delta_shrink(const dw_gemm* args, void*) {

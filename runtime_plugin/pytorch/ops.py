@@ -3,7 +3,8 @@
 
     plan        (slots, slot_count, plan!)                        groups a step's tokens by slot
     delta_gemm  (arena, directory, plan, x, ys!, parameters, ...) y_s += U^T (sigma * (V x)), fused over slices s, times
-                                                                  a weight a token
+                                                                  a weight a token; `overwrite`, for few tokens: y_s
+                                                                  = instead of +=
     gate        (arena, directory, slots, x, parameter, weights!) what a token gives the experts of its fusion
     gated_lora  (arena, directory, plan, x, ys!, weights, ...)    y_s += sum_e w_e B_e A_e x, fused over slices s
     dense_gemm  (arena, directory, plan, x, y!, parameter, ...)   lm_head's low-bit or replaced rows
@@ -33,7 +34,7 @@ __all__ = ["OpError", "add_bias", "delta_gemm", "dense_gemm", "embed", "gate", "
 SCHEMAS = {
     "plan": "(Tensor slots, int slot_count, Tensor(a!) plan) -> ()",
     "delta_gemm": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, int[] parameters, "
-    "int max_rank, int in_offset=0, int[]? out_offsets=None, Tensor? weights=None) -> ()",
+    "int max_rank, int in_offset=0, int[]? out_offsets=None, Tensor? weights=None, bool overwrite=False) -> ()",
     "gate": "(Tensor arena, Tensor directory, Tensor slots, Tensor x, int parameter, Tensor(a!) weights) -> ()",
     "gated_lora": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, Tensor weights, "
     "int[] parameters, int max_rank, int in_offset=0, int[]? out_offsets=None) -> ()",
@@ -69,6 +70,7 @@ def _delta_gemm(
     in_offset: int = 0,
     out_offsets: Sequence[int] | None = None,
     weights: torch.Tensor | None = None,
+    overwrite: bool = False,
 ) -> None:
     _require_arena(arena, directory, parameters)
     _require("plan", plan, torch.int32, 1, arena.device)
@@ -77,7 +79,8 @@ def _delta_gemm(
     offsets = [0] * len(ys) if out_offsets is None else out_offsets
     if weights is not None:
         _require_weights(weights, (len(x),), x.device)
-    _backend(arena).delta_gemm(arena, directory, plan, x, ys, parameters, max_rank, in_offset, offsets, weights)
+    product = (arena, directory, plan, x, ys, parameters, max_rank, in_offset, offsets)
+    _backend(arena).delta_gemm(*product, weights, overwrite)
 
 
 def _gate(

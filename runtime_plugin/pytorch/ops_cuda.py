@@ -48,11 +48,13 @@ class Kernels:
         in_offset: int,
         out_offsets: Sequence[int],
         weights: Tensor | None,
+        overwrite: bool,
     ) -> None:
         """Both stages, fused over the slices."""
         if len(x):
             product = Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
             gemm, workspace = product.arguments(ys)
+            gemm.overwrite = overwrite
             _weigh(gemm, weights)
             native_library().delta_gemm(gemm, _stream(workspace))
 

@@ -40,7 +40,7 @@ class ServedLinear:
         """
         weights = [f"{name}.weight" for name in names]
         biases = [f"{name}.bias" for name in names if f"{name}.bias" in table]
-        self.base = base
+        self.base, self.apart_rows = base, step.apart_rows
         self.widths = [table.rows(name) for name in weights]
         self.in_offset = table.in_offset(weights[0])
         self.out_offsets = [table.out_offset(name) for name in weights]
@@ -58,8 +58,14 @@ class ServedLinear:
         else:  # vLLM's CPU build packs weights in its own way
             y, weight = self.base.apply(layer, x, None), None
         own = (self.directory, self.widths, self.weights, self.biases, self.in_offset, self.out_offsets)
-        ops.linear(x, y, weight, bias, *own)
-        return y
+        if not torch.compiler.is_compiling():
+            ops.linear(x, y, None, weight, bias, *own)
+            return y
+        # torch.compile makes the sum part of the kernel that reads it. Tokens without a delta in z all read its first
+        # row, so that large steps, whose deltas are in y, read no more memory than without z.
+        z, rows = torch.empty_like(y), self.apart_rows[: y.shape[0]]
+        ops.linear(x, y, z, weight, bias, *own)
+        return y + torch.where(rows[:, None] < 0, 0, z[rows.clamp_min(0)])
 
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # of an object that is not made yet

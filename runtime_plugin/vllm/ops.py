@@ -3,9 +3,10 @@
 
     embed  (ids, table, directory)        rows of each token's tenant; lays the step out
     weigh  (x, normed!, gate)             the weights of a block's experts, from its input
-    linear (x, y!, weight, bias, directory, ...)
+    linear (x, y!, z!, weight, bias, directory, ...)
                                           a fused layer's outputs: the base's (without its weight, y has them), deltas,
-                                          weighed experts and biases
+                                          weighed experts and biases; with a z, `Step.is_apart` says whether deltas and
+                                          experts are written there
 
 They are made of `torch.ops.deltaweave.*` and know the arena and the step's slots through `Step.current`. `directory`
 has the rows of the layer's own parameters, so that layers of one kind have one graph, whose compilation they share.
@@ -27,8 +28,8 @@ __all__ = ["embed", "linear", "weigh"]
 SCHEMAS = {
     "embed": "(Tensor ids, Tensor table, Tensor directory) -> Tensor",
     "weigh": "(Tensor x, Tensor(a!) normed, Tensor gate) -> ()",
-    "linear": "(Tensor x, Tensor(a!) y, Tensor? weight, Tensor? bias, Tensor directory, int[] widths, int[] weights, "
-    "int[] biases, int in_offset, int[] out_offsets) -> ()",
+    "linear": "(Tensor x, Tensor(a!) y, Tensor(b!)? z, Tensor? weight, Tensor? bias, Tensor directory, int[] widths, "
+    "int[] weights, int[] biases, int in_offset, int[] out_offsets) -> ()",
 }
 
 
@@ -47,6 +48,7 @@ def _weigh(x: torch.Tensor, normed: torch.Tensor, gate: torch.Tensor) -> None:
 def _linear(
     x: torch.Tensor,
     y: torch.Tensor,
+    z: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     directory: torch.Tensor,
@@ -56,12 +58,19 @@ def _linear(
     in_offset: int,
     out_offsets: Sequence[int],
 ) -> None:
-    step, started = Step.current, None
-    if weight is not None:
-        started = step.start(x, widths, directory, weights, in_offset, out_offsets)
-        torch.mm(x, weight.t(), out=y)
-    ys = y.split(list(widths), dim=1)
-    step.add(x, ys, directory, weights, in_offset, out_offsets, started)
+    step, ys = Step.current, y.split(list(widths), dim=1)
+    layers = (directory, weights, in_offset, out_offsets)
+
+    def base() -> None:
+        if weight is not None:
+            torch.mm(x, weight.t(), out=y)
+
+    if z is not None and step.is_apart(len(x)):
+        zs = z.split(list(widths), dim=1)
+        step.beside(base, lambda: step.add(x, zs, *layers, overwrite=True))
+    else:
+        base()
+        step.add(x, ys, *layers)
     if bias is None:
         return
     base = bias.split(list(widths))

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,16 +11,15 @@ import torch
 from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import Arena, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.ops_cuda import Product, StartedDelta
 from numpy.typing import NDArray
 
 __all__ = ["Step"]
 
 # Rows of the table of slots: of the step's tokens, of those that are sampled, of the tokens in `SlotSettings` (where
-# the base has the last row), and one for each place of a gate.
-TOKENS, SAMPLED, SETTINGS, EXPERTS = range(4)
-# Measured up to here: 7, 1 and 0.4 % of a step's time at 1, 8 and 32 tenants (benchmarks/README.md).
-MOST_BESIDE = 32
+# the base has the last row), of the tokens in the deltas that lie beside the base's outputs, and one for each place of
+# a gate.
+TOKENS, SAMPLED, SETTINGS, APART, EXPERTS = range(5)
+MOST_APART = 32
 
 
 class Step:
@@ -38,8 +37,10 @@ class Step:
         rehearses_fusions: whether stand-ins of the warm-up step to come are fusions.
         fusions: whether tenants may be fusions.
         places: of a gate, those at which deltas may be experts.
-        most_beside: the most tokens of a step whose deltas begin beside the base's product, on a stream of their own.
+        most_apart: the most tokens of a step whose deltas are computed beside the base's products, on a stream of their
+            own, and written beside their outputs: who reads these adds both. Larger steps have them added in place.
         settings_rows: int32 [tokens], the same as rows of the arena's settings.
+        apart_rows: int32 [tokens], the same as rows of deltas that lie beside the base's outputs; -1 for none.
         current: the process's step. Ops find it here: torch.compile sees them as functions of their arguments alone.
     """
 
@@ -56,12 +57,12 @@ class Step:
         """
         device = arena.buffer.device
         self.arena = arena
-        self.most_beside = MOST_BESIDE
+        self.most_apart = MOST_APART
         self.active = self.fused = self.own_logits = self.rehearses_fusions = False
         self.fusions = fusions
         self.places = range(delta_experts if fusions else 0)
         self._rows = torch.full((EXPERTS + len(self.places), tokens), -1, dtype=torch.int32, device=device)
-        self.slots, self.settings_rows = self._rows[TOKENS], self._rows[SETTINGS]
+        self.slots, self.settings_rows, self.apart_rows = (self._rows[row] for row in (TOKENS, SETTINGS, APART))
         parts = -(-tokens // MAX_TOKENS)
         ints = native_library().plan_bytes(min(tokens, MAX_TOKENS)) // 4
         self._plans = torch.zeros(1 + len(self.places), parts, ints, dtype=torch.int32, device=device)
@@ -95,6 +96,7 @@ class Step:
         ):
             rows[place, : len(values)] = values
         rows[SETTINGS] = np.where(rows[TOKENS] < 0, self.arena.directory.shape[1], rows[TOKENS])
+        rows[APART] = np.where(rows[TOKENS] < 0, -1, np.arange(rows.shape[1]))
         self.active = bool((rows[TOKENS] >= 0).any())
         self.fused, self.own_logits = self.active and fused, self.active and own_logits
         self._sampled = len(sampled)
@@ -115,6 +117,8 @@ class Step:
         """Groups the step's tokens by slot; comes first in a step, and is captured with it."""
         if not self.active:
             return
+        if not self.is_apart(tokens):
+            self.apart_rows[:tokens] = -1
         count = self.arena.directory.shape[1]
         for number, part in enumerate(self.parts(tokens)):
             ops.plan(self.slots[part], count, self._plans[0, number])
@@ -133,21 +137,25 @@ class Step:
         for part in self.parts(len(x)):
             ops.gate(self.arena.buffer, directory, self.slots[part], x[part], 0, self._weights[part])
 
-    def start(
-        self,
-        x: torch.Tensor,
-        widths: Sequence[int],
-        directory: torch.Tensor,
-        parameters: Sequence[int],
-        in_offset: int,
-        out_offsets: Sequence[int],
-    ) -> StartedDelta | None:
-        """Starts the part of `add` that can run beside the base's product, if it is worth it; widths are of the ys."""
-        if not self.active or self._side is None or len(x) > self.most_beside:
-            return None
-        arena, plan = self.arena, self._plans[0, 0]
-        product = Product(arena.buffer, directory, plan, x, parameters, arena.max_rank, in_offset, out_offsets)
-        return StartedDelta(product, widths, self._side)
+    def is_apart(self, tokens: int) -> bool:
+        """Whether deltas of a step of so many tokens (those that fill a graph up, too) lie beside the base's y."""
+        return self.active and tokens <= self.most_apart
+
+    def beside(self, base: Callable[[], object], deltas: Callable[[], None]) -> None:
+        """Both at the same time, the deltas on a stream of their own; the current stream waits for both.
+
+        The base begins first: its blocks of threads come in clusters, which find no place where others lie scattered.
+        """
+        if self._side is None:
+            base()
+            deltas()
+            return
+        current = torch.cuda.current_stream(self._side.device)
+        self._side.wait_stream(current)
+        base()
+        with torch.cuda.stream(self._side):
+            deltas()
+        current.wait_stream(self._side)
 
     def add(
         self,
@@ -157,19 +165,20 @@ class Step:
         parameters: Sequence[int],
         in_offset: int,
         out_offsets: Sequence[int],
-        started: StartedDelta | None = None,
+        *,
+        overwrite: bool = False,
     ) -> None:
-        """Adds deltas and weighed experts of layers of a decoder block that read x; all [tokens, features]."""
+        """Adds deltas and weighed experts of layers of a decoder block that read x; all [tokens, features].
+
+        `overwrite`: the ys hold nothing yet.
+        """
         if not self.active:
             return
         arena = self.arena
         fixed = (parameters, arena.max_rank, in_offset, out_offsets)
         for number, part in enumerate(self.parts(len(x))):
             inputs, outputs, plan = x[part], [y[part] for y in ys], self._plans[0, number]
-            if started is None:
-                ops.delta_gemm(arena.buffer, directory, plan, inputs, outputs, *fixed)
-            else:
-                started.add_to(outputs)
+            ops.delta_gemm(arena.buffer, directory, plan, inputs, outputs, *fixed, None, overwrite)
             if not self.fused:
                 continue
             weights = self._weights[part]

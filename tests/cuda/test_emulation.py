@@ -143,6 +143,25 @@ def test_halves_give_the_same_bits(emulated, tokens):
     assert all(torch.equal(y, whole) for y, whole in zip(ys, setup.run(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["preset", "two slices", "teams of four", "odd sizes", "odd shard"])
+def test_overwritten_outputs(emulated, name):
+    """Whatever they held: deltas alone, zeros for tokens of the base and of tenants without a record."""
+    case = DECODE[name]
+    setup = Setup(emulated, case, "cpu")
+    setup.arena.directory[0, 1] = 0
+    whole = setup.run()
+    step = Step(setup.arena, setup.slots)
+    wide = placed(torch.full((case.tokens, sum(case.outs) + 3), torch.nan, dtype=setup.x.dtype), "cpu")
+    ys = wide[:, 3:].split(case.outs, dim=1)
+    step.make_plan()
+    gemm, workspace = step.product(setup.x, list(enumerate(ys)))
+    gemm.overwrite = 1
+    emulated.delta_gemm(gemm)
+    assert workspace.numel() == gemm.workspace_bytes
+    assert all(torch.equal(y, added) for y, added in zip(ys, whole, strict=True))
+    assert (ys[0][setup.slots == 1] == 0).all() and wide[:, :3].isnan().all()
+
+
 def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
     """The ops of a GPU's host, in one call and in halves, without streams."""
     stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)

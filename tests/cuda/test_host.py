@@ -289,6 +289,7 @@ def good_gemm(library):
         ("in_offset", -1, "in_offset -1"),
         ("chunk_tokens", 16, "chunk_tokens 16, expected 0, 8 or 128"),
         ("parameter_count", 1, "parameter of a slice 1, expected 0 to 0"),
+        ("overwrite", 2, "overwrite 2, expected 0 to 1"),
     ],
 )
 def test_bad_sizes_are_refused(library, field, value, message):
@@ -396,7 +397,7 @@ def test_library_without_kernels_says_so(library):
 
 
 def test_halves_of_a_product(library):
-    """The first needs no y yet; prefill has none."""
+    """The first needs no y that it leaves alone; prefill has none."""
     if library.has_cuda:
         pytest.skip("this library has kernels")
     gemm = good_gemm(library)
@@ -405,10 +406,28 @@ def test_halves_of_a_product(library):
         library.delta_shrink(gemm)
     with pytest.raises(LibraryError, match="y is"):
         library.delta_expand(gemm)
-    gemm.token_count, gemm.chunk_tokens, gemm.slot_count = 256, 128, 4
+    gemm.overwrite = 1
+    with pytest.raises(LibraryError, match="y is"):
+        library.delta_shrink(gemm)
+    gemm.token_count, gemm.chunk_tokens, gemm.slot_count, gemm.slices[0].y = 256, 128, 4, 256
     gemm.workspace_bytes = library.workspace_bytes(gemm)
     with pytest.raises(LibraryError, match="256 tokens with chunk_tokens 128 are prefill, which has no halves"):
         library.delta_shrink(gemm)
+
+
+def test_who_overwrites_y(library):
+    """Decode of deltas alone: gated LoRAs and dense rows come behind them on the same y."""
+    gemm = good_gemm(library)
+    gemm.overwrite = 1
+    with pytest.raises(LibraryError, match="overwrite of a dense product 1, expected 0"):
+        library.dense_gemm(gemm)
+    gemm.weights, gemm.weights_stride = 256, 8
+    with pytest.raises(LibraryError, match="overwrite of LoRAs 1, expected 0"):
+        library.gated_lora(gemm)
+    gemm.token_count, gemm.chunk_tokens, gemm.slot_count = 256, 128, 4
+    gemm.workspace_bytes = library.workspace_bytes(gemm)
+    with pytest.raises(LibraryError, match="256 tokens with chunk_tokens 128 are prefill, which does not overwrite y"):
+        library.delta_gemm(gemm)
 
 
 def test_build_without_a_cuda_compiler_is_skipped(tmp_path):

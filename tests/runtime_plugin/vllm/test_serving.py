@@ -149,6 +149,23 @@ def test_fusions(tmp_path, ranks):
     check(server, ["three", "deltas", "one", "fixed"], lambda name, tokens: alone(family, name, tokens), FUSED)
 
 
+@pytest.mark.parametrize("most", [sum(LENGTHS), sum(LENGTHS) - 1], ids=["beside", "in place"])
+def test_deltas_beside_the_outputs(tmp_path, monkeypatch, most):
+    """As compiled, step after step: whoever reads the outputs adds what lies beside them, if it is this step's."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    family = make(tmp_path)
+    server = Server(family, 2, delta_experts=2, capacity=32 << 20)
+    poisoned = torch.full_like
+    monkeypatch.setattr(torch, "empty_like", lambda like, **more: poisoned(like, torch.nan, **more))
+    for step in server.steps:
+        step.most_apart = most
+    for name in ("three", "deltas"):
+        server.add(name, write(family, name))
+    server.add("one", family.deltas["one"])
+    for names in (["three", None, "deltas", "one"], [None], ["one", None]):
+        check(server, names, lambda name, tokens: alone(family, name, tokens), FUSED)
+
+
 def test_fusions_cost_only_steps_that_have_one(tmp_path, monkeypatch):
     """And the graph that vLLM replays is of the same kind: warm-up's stand-ins are what its number says."""
     family = make(tmp_path)
@@ -406,6 +423,7 @@ def test_compiled_without_breaks_for_any_length(many):
         q, k = first.self_attn.rotary_emb(positions, qkv[:, :64], qkv[:, 64:96])
         return second.mlp.gate_up_proj(second.post_attention_layernorm(q, residual)[0]), k
 
+    tenants.step.most_apart = 5  # deltas beside the base's outputs, then in them
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, fullgraph=True, backend=counter)
     for length in (5, 9):
