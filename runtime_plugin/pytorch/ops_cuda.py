@@ -20,7 +20,7 @@ from deltaweave.runtime_plugin.library import (
 )
 from deltaweave.runtime_plugin.pytorch.native import native_library
 
-__all__ = ["Kernels", "Product", "StartedDelta"]
+__all__ = ["Kernels"]
 
 Tensor = torch.Tensor
 
@@ -52,7 +52,7 @@ class Kernels:
     ) -> None:
         """Both stages, fused over the slices."""
         if len(x):
-            product = Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
+            product = _Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
             gemm, workspace = product.arguments(ys)
             gemm.overwrite = overwrite
             _weigh(gemm, weights)
@@ -89,7 +89,7 @@ class Kernels:
     ) -> None:
         """Both stages of all experts, fused over the slices."""
         if len(x):
-            product = Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
+            product = _Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
             gemm, workspace = product.arguments(ys)
             _weigh(gemm, weights)
             native_library().gated_lora(gemm, _stream(workspace))
@@ -100,7 +100,7 @@ class Kernels:
     ) -> None:
         """Low-bit and replaced rows."""
         if len(x):
-            gemm, workspace = Product(arena, directory, plan, x, [parameter], max_rank, 0, [0]).arguments([y])
+            gemm, workspace = _Product(arena, directory, plan, x, [parameter], max_rank, 0, [0]).arguments([y])
             native_library().dense_gemm(gemm, _stream(workspace))
 
     @staticmethod
@@ -171,7 +171,7 @@ class Kernels:
 
 
 @dataclass(frozen=True)
-class Product:
+class _Product:
     """A product's arguments but for y, as `ops.delta_gemm` says what they are."""
 
     arena: Tensor
@@ -185,12 +185,6 @@ class Product:
 
     def arguments(self, ys: Sequence[Tensor]) -> tuple[Gemm, Tensor]:
         """All of them, and their workspace: free for others as soon as the stream has passed the launch."""
-        gemm, workspace = self.without_y([y.shape[1] for y in ys])
-        _write(gemm, ys)
-        return gemm, workspace
-
-    def without_y(self, widths: Sequence[int]) -> tuple[Gemm, Tensor]:
-        """For the first stage alone; `widths` are out_features of the slices."""
         gemm = Gemm(
             arena=self.arena.data_ptr(),
             directory=self.directory.data_ptr(),
@@ -204,30 +198,13 @@ class Product:
             x=self.x.data_ptr(),
             x_stride=self.x.stride(0),
             plan=self.plan.data_ptr(),
-            slice_count=len(widths),
+            slice_count=len(ys),
         )
-        for place, (width, parameter, offset) in enumerate(zip(widths, self.parameters, self.out_offsets, strict=True)):
-            gemm.slices[place] = Slice(parameter, width, offset)
+        for place, (y, parameter, offset) in enumerate(zip(ys, self.parameters, self.out_offsets, strict=True)):
+            gemm.slices[place] = Slice(parameter, y.shape[1], offset, y.data_ptr(), y.stride(0))
         workspace = torch.empty(native_library().workspace_bytes(gemm), dtype=torch.uint8, device=self.x.device)
         gemm.workspace, gemm.workspace_bytes = workspace.data_ptr(), workspace.numel()
         return gemm, workspace
-
-
-class StartedDelta:
-    """A `delta_gemm` of few tokens, whose first stage runs beside what the current stream gets next: the base's y."""
-
-    def __init__(self, product: Product, widths: Sequence[int], side: torch.cuda.Stream) -> None:
-        """Starts it on the stream `side`; `widths` are out_features of the slices."""
-        self._side = side
-        self._gemm, self._workspace = product.without_y(widths)
-        side.wait_stream(torch.cuda.current_stream(product.x.device))
-        native_library().delta_shrink(self._gemm, int(side.cuda_stream))
-
-    def add_to(self, ys: Sequence[Tensor]) -> None:
-        """The second stage, in the current stream."""
-        _write(self._gemm, ys)
-        torch.cuda.current_stream(ys[0].device).wait_stream(self._side)
-        native_library().delta_expand(self._gemm, _stream(ys[0]))
 
 
 def _stream(tensor: Tensor) -> int:
@@ -248,11 +225,6 @@ def _batch(arena: Tensor, directory: Tensor, slots: Tensor, activation: Tensor) 
         token_count=len(slots),
         dtype=_dtype(activation),
     )
-
-
-def _write(gemm: Gemm, ys: Sequence[Tensor]) -> None:
-    for place, y in enumerate(ys):
-        gemm.slices[place].y, gemm.slices[place].y_stride = y.data_ptr(), y.stride(0)
 
 
 def _weigh(gemm: Gemm, weights: Tensor | None) -> None:

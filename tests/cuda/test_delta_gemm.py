@@ -123,40 +123,44 @@ def test_runs_are_bit_identical(gpu_library, many):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 33])
-def test_halves_on_two_streams_give_the_same_bits(gpu_library, tokens):
-    """In a graph, beside a product of torch's that fills y, as a host runs them."""
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("tokens", [1, 5, 33, 140])
+def test_overwritten_outputs_beside_a_product(gpu_library, tokens, dtype):
+    """On a second stream, in a graph too, beside a product of torch's, as hosts run them; in one call and in halves."""
     import torch
     from device_arena import Step
 
-    case = Case(tokens=tokens, tenants=3, in_features=1024, outs=(512, 256), slots=[0, 2, -1, 1, 0] * 7)
+    case = Case(tokens=tokens, tenants=3, in_features=1024, outs=(512, 256), slots=[0, 2, -1, 1, 0] * 28, dtype=dtype)
     setup = Setup(gpu_library, replace(case, slots=case.slots[:tokens]))
+    setup.arena.directory[1, 2] = 0  # a tenant without a record
     weight = torch.randn(1024, 768, device="cuda", dtype=setup.x.dtype)
-    expected = setup.x @ weight
+    expected, product = torch.cat(setup.run(), dim=1), setup.x @ weight
     step, side = Step(setup.arena, setup.slots), torch.cuda.Stream()
-    step.run(setup.x, list(enumerate(expected.split(case.outs, dim=1))))
-    y = torch.empty_like(expected)
-    gemm, workspace = step.product(setup.x, list(enumerate(y.split(case.outs, dim=1))))
+    y, z = torch.empty_like(expected), torch.empty_like(expected)
+    gemm, workspace = step.product(setup.x, list(enumerate(z.split(case.outs, dim=1))))
+    gemm.overwrite = 1
 
-    def work() -> None:
+    def work(*calls) -> None:
         main = torch.cuda.current_stream()
         step.make_plan()
         side.wait_stream(main)
-        gpu_library.delta_shrink(gemm, side.cuda_stream)
         torch.mm(setup.x, weight, out=y)
+        for call in calls:
+            call(gemm, side.cuda_stream)
         main.wait_stream(side)
-        gpu_library.delta_expand(gemm, main.cuda_stream)
 
-    for run in range(3):
-        y.fill_(float("nan"))
-        workspace.fill_(0xFF)
-        if run == 1:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                work()
-        graph.replay() if run else work()
-        torch.cuda.synchronize()
-        assert torch.equal(y, expected)
+    for calls in ([gpu_library.delta_gemm], [gpu_library.delta_shrink, gpu_library.delta_expand]):
+        for run in range(3):
+            for poisoned in (y, z):
+                poisoned.fill_(float("nan"))
+            workspace.fill_(0xFF)
+            if run == 1:
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph):
+                    work(*calls)
+            graph.replay() if run else work(*calls)
+            torch.cuda.synchronize()
+            assert torch.equal(z, expected) and torch.equal(y, product)
 
 
 def test_prefill_has_no_halves(gpu_library):

@@ -163,9 +163,8 @@ def test_overwritten_outputs(emulated, name):
 
 
 def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
-    """The ops of a GPU's host, in one call and in halves, without streams."""
-    stream = SimpleNamespace(cuda_stream=0, wait_stream=lambda other: None)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: stream)
+    """The op of a GPU's host, without streams."""
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(ops_cuda, "native_library", lambda: emulated)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: poisoned(size, 0xFF, "cpu"))  # aligned as on a GPU
     case = Case(tokens=4, slots=[0, 2, -1, 1], in_features=300, outs=(100, 77), group_offsets=(37, 21))
@@ -174,10 +173,10 @@ def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
     step.make_plan()
     tensors = (setup.arena.buffer, setup.arena.directory, step.plan, setup.x)
     numbers = ([0, 1], setup.arena.max_rank, 37, [21, 21])
-    whole, halves = ([torch.zeros(4, out, dtype=setup.x.dtype) for out in case.outs] for _ in range(2))
-    ops_cuda.Kernels.delta_gemm(*tensors, whole, *numbers, None)
-    ops_cuda.StartedDelta(ops_cuda.Product(*tensors, *numbers), case.outs, stream).add_to(halves)
-    for results in (whole, halves):
+    added, alone = ([torch.full((4, out), held, dtype=setup.x.dtype) for out in case.outs] for held in (0, torch.nan))
+    ops_cuda.Kernels.delta_gemm(*tensors, added, *numbers, None, False)
+    ops_cuda.Kernels.delta_gemm(*tensors, alone, *numbers, None, True)
+    for results in (added, alone):
         assert all(torch.equal(y, right) for y, right in zip(results, expected, strict=True))
 
 
