@@ -290,7 +290,9 @@ typedef struct dw_gemm {
   const float* weights; /* of token t at t * weights_stride; NULL for ones */
   int64_t weights_stride;
   int32_t overwrite; /* of dw_delta_gemm and its halves, not in prefill: 1 for y_s[t] = instead of
-                        +=, zeros where a slot has no factored record */
+                        +=, zeros where a slot has no factored record. Meant for a host that
+                        computes the base's y at the same time on another stream: with few tokens
+                        part of the GPU is left to that */
 } dw_gemm;
 /* Reads sizes alone: pointers may be NULL. In prefill the workspace has room for 16-bit images of
  * the tokens, by tiles of 128 a slot. */

@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels' entry points: check, cut the workspace, launch.
+#include <algorithm>
+
 #include "gemm_args.h"
 #include "kernels.h"
 #include "layout.h"
@@ -26,6 +28,12 @@ int attribute(cudaDeviceAttr which) {
 
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 int compute_major() { return attribute(cudaDevAttrComputeCapabilityMajor); }
+// Measured on an H200 (cuda/NOTES.md, section 16): with few tokens both stages, with some more the
+// first, gain by it; with many the delta is what takes longer.
+int64_t blocks_beside(int token_count, int64_t all) {
+  if (token_count < 8) return std::min<int64_t>(all, multiprocessors() * 6 / 11);
+  return token_count < 16 ? all / 3 : all;
+}
 int shared_bytes_a_block() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 namespace {
@@ -109,22 +117,21 @@ dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32_t slot
 namespace dw {
 namespace {
 
-// Slots with few tokens, or all: both stages from packed codes. `beside`: something else runs at
-// the same time as the first.
-dw_status run_shrink(const dw_gemm& args, const Workspace& cut, dw_record_kind record, bool beside,
+// Slots with few tokens, or all: both stages from packed codes.
+dw_status run_shrink(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
                      cudaStream_t stream) {
   const bool in_place = readable_in_place(args);
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
   const Gemm gemm = describe(args, cut, in_place, record);
   if (record == DW_LORA) return check_launch(launch_lora_shrink(gemm, stream), "shrink of LoRAs");
-  return check_launch(launch_shrink(gemm, beside, stream), "shrink");
+  return check_launch(launch_shrink(gemm, stream), "shrink");
 }
 
-dw_status run_expand(const dw_gemm& args, const Workspace& cut, dw_record_kind record, bool beside,
+dw_status run_expand(const dw_gemm& args, const Workspace& cut, dw_record_kind record,
                      cudaStream_t stream) {
   const Gemm gemm = describe(args, cut, readable_in_place(args), record);
   if (record == DW_LORA) return check_launch(launch_lora_expand(gemm, stream), "expand of LoRAs");
-  return check_launch(launch_expand(gemm, beside, stream), "expand");
+  return check_launch(launch_expand(gemm, stream), "expand");
 }
 
 // Slots with many: both stages as products of packed codes, unpacked in registers, with 16-bit
@@ -141,9 +148,8 @@ dw_status run(const dw_gemm& args, dw_record_kind record, void* stream_pointer) 
   const Workspace cut = cut_workspace(args);
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_pointer);
   if (cut.image_tiles > 0) DW_RETURN_IF_ERROR(run_dense(args, cut, record, stream));
-  const bool beside = args.overwrite != 0;
-  DW_RETURN_IF_ERROR(run_shrink(args, cut, record, beside, stream));
-  return run_expand(args, cut, record, beside, stream);
+  DW_RETURN_IF_ERROR(run_shrink(args, cut, record, stream));
+  return run_expand(args, cut, record, stream);
 }
 
 }  // namespace
@@ -158,14 +164,14 @@ dw_status dw_delta_gemm(const dw_gemm* args, void* stream) {
 dw_status dw_delta_shrink(const dw_gemm* args, void* stream) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
   DW_RETURN_IF_ERROR(dw::check_half(*args, false));
-  return dw::run_shrink(*args, dw::cut_workspace(*args), DW_FACTORED, true,
+  return dw::run_shrink(*args, dw::cut_workspace(*args), DW_FACTORED,
                         static_cast<cudaStream_t>(stream));
 }
 
 dw_status dw_delta_expand(const dw_gemm* args, void* stream) {
   if (args == nullptr) return dw::fail(DW_ERROR_ARGUMENT, "null argument");
   DW_RETURN_IF_ERROR(dw::check_half(*args, true));
-  return dw::run_expand(*args, dw::cut_workspace(*args), DW_FACTORED, args->overwrite != 0,
+  return dw::run_expand(*args, dw::cut_workspace(*args), DW_FACTORED,
                         static_cast<cudaStream_t>(stream));
 }
 

@@ -291,9 +291,12 @@ int shared_bytes(const Gemm& gemm) {
 }
 
 template <typename T, int kTeam, int kTeams>
-cudaError_t launch(const Gemm& gemm, int groups, bool beside, cudaStream_t stream) {
+cudaError_t launch(const Gemm& gemm, int groups, cudaStream_t stream) {
   const int64_t most = static_cast<int64_t>(gemm.token_count) * groups;
-  const int64_t resident = static_cast<int64_t>(multiprocessors()) * (16 / (kTeam * kTeams));
+  const int64_t all = static_cast<int64_t>(multiprocessors()) * (16 / (kTeam * kTeams));
+  // Of more tokens stage 1, which begins beside a product of the base, is the larger part of it.
+  const bool beside = gemm.overwrite && gemm.token_count < 8;
+  const int64_t resident = beside ? blocks_beside(gemm.token_count, all) : all;
   const int grid = static_cast<int>(most < resident ? most : resident);
   return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams,
                           shared_bytes<kTeam, kTeams>(gemm), stream, gemm, groups, pitch_of(gemm));
@@ -301,22 +304,21 @@ cudaError_t launch(const Gemm& gemm, int groups, bool beside, cudaStream_t strea
 
 // The more items there may be, the fewer warps share one.
 template <typename T>
-cudaError_t launch_typed(const Gemm& gemm, bool beside, cudaStream_t stream) {
+cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
   const bool fits = shared_bytes<16, 1>(gemm) <= shared_bytes_a_block();
-  if (fits && gemm.token_count * groups <= 64)
-    return launch<T, 16, 1>(gemm, groups, beside, stream);
-  if (gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, beside, stream);
-  if (gemm.token_count < 64) return launch<T, 4, 2>(gemm, groups, beside, stream);
-  return launch<T, 2, 4>(gemm, groups, beside, stream);
+  if (fits && gemm.token_count * groups <= 64) return launch<T, 16, 1>(gemm, groups, stream);
+  if (gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);
+  if (gemm.token_count < 64) return launch<T, 4, 2>(gemm, groups, stream);
+  return launch<T, 2, 4>(gemm, groups, stream);
 }
 
 }  // namespace
 
-cudaError_t launch_expand(const Gemm& gemm, bool beside, cudaStream_t stream) {
-  return gemm.y_dtype == DW_BFLOAT16 ? launch_typed<__nv_bfloat16>(gemm, beside, stream)
-                                     : launch_typed<__half>(gemm, beside, stream);
+cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream) {
+  return gemm.y_dtype == DW_BFLOAT16 ? launch_typed<__nv_bfloat16>(gemm, stream)
+                                     : launch_typed<__half>(gemm, stream);
 }
 
 }  // namespace dw

@@ -34,7 +34,7 @@ struct Gemm {
   const float* token_weights;  // of token t at t * token_weights_stride, of LORA with a band's
                                // at its number behind it; null for 1
   int64_t token_weights_stride;
-  bool overwrite;  // y's old values are not read
+  bool overwrite;  // y's old values are not read; others may use the GPU at the same time
   const int* plan;
   int chunk_tokens;
   float* h;           // [tiles, slices, tokens, ranks]
@@ -53,12 +53,14 @@ dw_status check_launch(cudaError_t error, const char* what);
 int multiprocessors();
 int compute_major();
 int shared_bytes_a_block();
+// Of a grid of `all` blocks of threads, how many leave a product of the base beside it room.
+int64_t blocks_beside(int token_count, int64_t all);
 
 cudaError_t launch_plan(const int32_t* slots, int tokens, int slot_count, int chunk, int* plan,
                         cudaStream_t stream);
 cudaError_t launch_prepare(const dw_gemm& args, const Workspace& cut, cudaStream_t stream);
-cudaError_t launch_shrink(const Gemm& gemm, bool beside, cudaStream_t stream);
-cudaError_t launch_expand(const Gemm& gemm, bool beside, cudaStream_t stream);
+cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
+cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_lora_shrink(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_lora_expand(const Gemm& gemm, cudaStream_t stream);
 

@@ -364,13 +364,6 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
                        units * most * (blockIdx.x + 1) / gridDim.x};
   Run<T> run(gemm, shared);
   bool waited = false;
-  const auto wait = [&] {
-    if (!waited) {
-      after_previous();
-      clear_outputs(gemm);
-    }
-    waited = true;
-  };
   for (int64_t first = range.first; first < range.last;) {
     const int64_t unit = first / most;
     const Range batch = {first, min(min(range.last, first + kBlocks), (unit + kUnits) * most)};
@@ -379,31 +372,30 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     list_steps(gemm, shared);
     __syncthreads();
     run.begin_batch();
-    wait();
+    if (!waited) begin_writing(gemm);
+    waited = true;
     run.run_batch();
     first = batch.last;
   }
-  wait();
+  if (!waited) begin_writing(gemm);
 }
 
 template <typename T>
-cudaError_t launch(const Gemm& gemm, bool beside, cudaStream_t stream) {
+cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
   const int64_t most =
       static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
   // With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end.
-  // Beside a base product, which is larger, a third of the multiprocessors will do.
-  const bool few = gemm.token_count < 8;
-  const int64_t all = few && beside ? multiprocessors() / 3 : multiprocessors();
-  const int64_t resident = all * (few ? 1 : kResident);
+  const int64_t all = int64_t{multiprocessors()} * (gemm.token_count < 8 ? 1 : kResident);
+  const int64_t resident = gemm.overwrite ? blocks_beside(gemm.token_count, all) : all;
   const int grid = static_cast<int>(most < resident ? most : resident);
   return launch_dependent(shrink_kernel<T>, dim3(grid), kTeamThreads, sizeof(Shared), stream, gemm);
 }
 
 }  // namespace
 
-cudaError_t launch_shrink(const Gemm& gemm, bool beside, cudaStream_t stream) {
-  return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, beside, stream)
-                                     : launch<__half>(gemm, beside, stream);
+cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream) {
+  return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, stream)
+                                     : launch<__half>(gemm, stream);
 }
 
 }  // namespace dw

@@ -12,6 +12,7 @@
 
 #include "kernels.h"
 #include "layout.h"
+#include "ring.cuh"
 
 namespace dw {
 
@@ -159,8 +160,10 @@ struct Outputs {
   }
 };
 
-// Zeros in the y of all slices of a call that overwrites them; all threads of the launch call it.
-__device__ __forceinline__ void clear_outputs(const Gemm& gemm) {
+// Stage 1's wait for the kernel before it; behind it, zeros in the y of all slices of a call that
+// overwrites them. All threads of the launch call it.
+__device__ __forceinline__ void begin_writing(const Gemm& gemm) {
+  after_previous();
   if (!gemm.overwrite) return;
   for (int s = 0; s < gemm.slice_count; ++s) {
     const Slice& slice = gemm.slices[s];
