@@ -63,30 +63,10 @@ struct Shared {
   alignas(128) unsigned char stage[kTeams * kTeam][kStages][kStageBytes];
   uint64_t barriers[kTeams * kTeam][kStages];
   Parts<kTeam> parts;
-  Numbers numbers;
+  Numbers<kTeam> numbers;
   Notes<kNotes, 1, kTeam> notes[kTeams];
-  float loss[kTeams][kNotes][kTeam][kRound][8];  // part, token, product: B + Z
   alignas(16) float sums[kTeams][kNotes][kTeam][kRound * kPitch];
 };
-
-template <int kBits>
-__device__ __forceinline__ void store_width(Numbers& numbers) {
-#pragma unroll
-  for (int f = 0; f < 8; ++f) {
-    numbers.biases[kBits][f] = make_uint2(bias_pair<kBits>(4 * f), bias_pair<kBits>(4 * f + 2));
-    numbers.units[kBits][f] =
-        make_float2(1.f / (1 << place<kBits>(f, 0)), 1.f / (1 << place<kBits>(f, 1)));
-  }
-}
-
-__device__ __forceinline__ void store_widths(Numbers& numbers) {
-  if (threadIdx.x != 0) return;
-  store_width<1>(numbers);
-  store_width<2>(numbers);
-  store_width<3>(numbers);
-  store_width<4>(numbers);
-  store_width<8>(numbers);
-}
 
 __device__ __forceinline__ Unit unit_at(const Gemm& gemm, int64_t item, int64_t end, int groups) {
   Unit unit;
@@ -110,19 +90,21 @@ struct Run {
   const Gemm& gemm;
   const Unit& unit;
   Mine& shared;
-  Hidden hidden;
+  __half* h;
+  int pitch;
   WarpRing& ring;
   int& place;          // in the ring, of the next step
   Turn<kNotes>& turn;  // of the team's notes
   int lane, member, team;
   int ahead_group, ahead_share = 0, ahead_step = 0;
 
-  __device__ __forceinline__ Run(const Gemm& gemm, const Unit& unit, Mine& shared, const __half* h,
-                                 int pitch, WarpRing& ring, int& place, Turn<kNotes>& turn)
+  __device__ __forceinline__ Run(const Gemm& gemm, const Unit& unit, Mine& shared, __half* h, int pitch,
+                                  WarpRing& ring, int& place, Turn<kNotes>& turn)
       : gemm(gemm),
         unit(unit),
         shared(shared),
-        hidden{h, pitch, unit.chunk.z, gemm.arena, unit.row, shared.numbers},
+        h(h),
+        pitch(pitch),
         ring(ring),
         place(place),
         turn(turn),
@@ -159,47 +141,59 @@ struct Run {
     ++ahead_share;
   }
 
+  // Makes h of the unit ready for this warp.
+  __device__ __forceinline__ void make_h() {
+    const int part = part_of(unit.first + team);
+    make_part(gemm, unit, part, shared.parts.range(part), team, kTeams, pitch, h, shared.numbers);
+    // Where a team has one item, a warp needs its own part alone.
+    if (kTeams == 1 && unit.last - unit.first == 1) return __syncwarp();
+    __syncthreads();
+  }
+
   template <typename Sums>
   __device__ __forceinline__ void all_items() {
 #pragma unroll 1
     for (int group = unit.first + team; group < unit.last; group += kTeams) {
       const int part = part_of(group), shares = shared.parts.share_count[part];
+      const Hidden hidden = {h,          pitch,    unit.chunk.z,
+                             gemm.arena, unit.row, shared.numbers.inverse[0][part],
+                             kTeam * DW_MAX_BANDS};
       Sums sums;
 #pragma unroll 1
       for (int s = 0; s < shares; ++s) {
         const Share share = shared.parts.shares[part][s];
-        dispatch(share.bits, share.levels, [&]<int kBits, bool kLevels>() {
-          const int ranks = share.blocks * block_ranks(kBits),
-                    end = share.h_index + share.steps * ranks;
+        const int ranks = share.blocks * block_ranks(share.bits),
+                  end = share.h_index + share.steps * ranks;
 #pragma unroll 1
-          for (int rank = share.h_index; rank < end; rank += ranks) {
-            ring.wait(place);
-            __syncwarp();  // all lanes have read what the next fill overwrites
-            fill(kStages - 1);
-            const unsigned char* codes = shared.stage[threadIdx.x / 32][place];
+        for (int rank = share.h_index; rank < end; rank += ranks) {
+          ring.wait(place);
+          __syncwarp();  // all lanes have read what the next fill overwrites
+          fill(kStages - 1);
+          const unsigned char* codes = shared.stage[threadIdx.x / 32][place];
+          dispatch(share.bits, share.levels, [&]<int kBits, bool kLevels>() {
             sums.template add<kBits, kLevels>(codes, share, rank, hidden);
-            place = place + 1 == kStages ? 0 : place + 1;
-          }
-        });
+          });
+          place = place + 1 == kStages ? 0 : place + 1;
+        }
         if (share.last) sums.end_band(share, hidden);
       }
-      finish(group, part, sums);
+      finish(group, part, sums, hidden);
     }
   }
 
   // Leaves a part's sums, a few tokens at a time; the last part's warp adds all and updates y, a
   // lane four outputs.
   template <typename Sums>
-  __device__ __forceinline__ void finish(int group, int part, const Sums& sums) {
+  __device__ __forceinline__ void finish(int group, int part, const Sums& sums,
+                                         const Hidden& hidden) {
     const Slice& slice = gemm.slices[unit.slice];
     const int n = group * kGroup - slice.out_offset + 4 * lane;
     auto& notes = shared.notes[team];
 #pragma unroll 1
     for (int round = 0; round < unit.chunk.z; round += kRound) {
       const auto& all = shared.sums[team][turn.place];
-      const auto& losses = shared.loss[team][turn.place];
       notes.wait_empty(turn);
-      sums.for_tokens(shared.numbers, [&](int of, const float (&outputs)[16], float loss) {
+      sums.for_tokens(hidden, [&](int of, const float (&outputs)[16]) {
         const int token = of - round;
         if (token < 0 || token >= kRound || of >= unit.chunk.z) return;
         float* to = shared.sums[team][turn.place][part] + token * kPitch + 16 * (lane / 4);
@@ -208,7 +202,6 @@ struct Run {
           *reinterpret_cast<float4*>(to + i) =
               make_float4(outputs[i], outputs[i + 1], outputs[i + 2], outputs[i + 3]);
         }
-        shared.loss[team][turn.place][part][token][lane / 4] = loss;
       });
       notes.publish(turn);
       if (part == kTeam - 1) {
@@ -220,7 +213,6 @@ struct Run {
           Outputs<T> outputs(row, n, slice.out_features);
           if (token == 0) notes.wait_full(turn);
           float delta[4] = {};
-          float2 loss = make_float2(0.f, 0.f);
 #pragma unroll
           for (int p = 0; p < kTeam; ++p) {
             const float4 sum = *reinterpret_cast<const float4*>(all[p] + token * kPitch + 4 * lane);
@@ -228,13 +220,9 @@ struct Run {
             delta[1] += sum.y;
             delta[2] += sum.z;
             delta[3] += sum.w;
-            loss.x += losses[p][token][2 * (lane % 4)];
-            loss.y += losses[p][token][2 * (lane % 4) + 1];
           }
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            delta[i] = (delta[i] - (i < 2 ? loss.x : loss.y)) * shared.numbers.undo;
-          }
+          for (int i = 0; i < 4; ++i) delta[i] *= shared.numbers.undo;
           outputs.add_all(delta);
         }
         notes.release(turn);
@@ -255,7 +243,6 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
   Turn<kNotes> turn;
   int place = 0;
   if (threadIdx.x < kTeams) shared.notes[threadIdx.x].initialize();
-  store_widths(shared.numbers);
   const int64_t all = static_cast<int64_t>(chunk_count(gemm)) * groups;
   const int64_t end = all * (blockIdx.x + 1) / gridDim.x;
   bool waited = false;
@@ -264,12 +251,12 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
     item += unit.last - unit.first;
     if (!is_served(gemm, unit.row)) continue;
     list_shares(gemm, unit.row, shared.parts, shared.numbers);
+    if (threadIdx.x / 32 == 1) read_header(gemm, unit, shared.numbers);
     __syncthreads();
     Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, ring, place, turn);
     if (!waited) after_previous();
     waited = true;
-    make_h<32 * kTeam * kTeams>(gemm, unit, pitch, h, shared.numbers);
-    __syncthreads();
+    run.make_h();
     if (unit.chunk.z <= kFewTokens) {
       run.template all_items<IntegerSums>();
     } else {

@@ -27,10 +27,17 @@ struct __align__(16) Share {
 };
 static_assert(sizeof(Share) <= 32, "two reads");
 
-template <int kTeam>
+template <int kParts>
 struct Parts {
-  Share shares[kTeam][kMaxShares];
-  int share_count[kTeam];
+  Share shares[kParts][kMaxShares];
+  int share_count[kParts];
+
+  __device__ __forceinline__ Range range(int part) const {
+    if (share_count[part] == 0) return {};
+    const Share &first = shares[part][0], &last = shares[part][share_count[part] - 1];
+    const int end = last.h_index + last.steps * last.blocks * block_ranks(last.bits);
+    return {first.h_index / 4, end / 4, first.band, last.band};
+  }
 };
 
 // What a block of ranks costs a warp, in quarters of one of 2 bits.
@@ -40,9 +47,9 @@ DW_HD constexpr int cost_of(int bits, bool levels) {
 
 // Lists an item's shares, a thread a part: the item's blocks in the order of bands, cut into parts
 // of equal cost.
-template <int kTeam>
+template <int kParts>
 __device__ __forceinline__ void list_shares(const Gemm& gemm, const int64_t* row,
-                                            Parts<kTeam>& parts, Numbers& numbers) {
+                                            Parts<kParts>& parts, Numbers<kParts>& numbers) {
   const Shapes shapes = load_shapes(row);
   int cost = 0, ranks = 0;
 #pragma unroll
@@ -58,8 +65,8 @@ __device__ __forceinline__ void list_shares(const Gemm& gemm, const int64_t* row
     asm volatile("prefetch.global.L2 [%0];" ::"l"(sigma + rank));
   }
   const int part = threadIdx.x;
-  if (part >= kTeam) return;
-  int low = cost * part / kTeam, high = cost * (part + 1) / kTeam, count = 0, first_rank = 0;
+  if (part >= kParts) return;
+  int low = cost * part / kParts, high = cost * (part + 1) / kParts, count = 0, first_rank = 0;
 #pragma unroll 1
   for (int b = 0; b < DW_MAX_BANDS && high > 0; ++b) {
     const int64_t* fields = row + DW_FIELD_BANDS + b * DW_BAND_FIELDS;

@@ -11,13 +11,38 @@
 namespace dw {
 namespace expand {
 
+// By bits and product.
+struct Widths {
+  uint2 biases[9][8];  // of registers 0 and 1, of registers 2 and 3
+  float2 units[9][8];  // of both rows 2^-place (integers() of fragment.cuh)
+
+  template <int kBits>
+  constexpr void set() {
+    for (int f = 0; f < 8; ++f) {
+      biases[kBits][f] = {bias_pair<kBits>(4 * f), bias_pair<kBits>(4 * f + 2)};
+      units[kBits][f] = {1.f / (1 << place<kBits>(f, 0)), 1.f / (1 << place<kBits>(f, 1))};
+    }
+  }
+};
+constexpr Widths all_widths() {
+  Widths widths = {};
+  widths.set<1>();
+  widths.set<2>();
+  widths.set<3>();
+  widths.set<4>();
+  widths.set<8>();
+  return widths;
+}
+__constant__ const Widths kWidths = all_widths();
+
 // What a warp reads of a unit.
 struct Hidden {
   const __half* of;  // [token, pitch]
   int pitch, tokens;
   const unsigned char* arena;
-  const int64_t* row;  // of the directory
-  const Numbers& numbers;
+  const int64_t* row;    // of the directory
+  const float* inverse;  // of the part: [token, band], tokens inverse_pitch apart
+  int inverse_pitch;
 
   __device__ __forceinline__ const __half* levels(const Share& share) const {
     const int field = DW_FIELD_BANDS + share.band * DW_BAND_FIELDS + DW_BAND_LEVELS;
@@ -29,14 +54,13 @@ struct Hidden {
 // column on; bias += what they must lose.
 template <int kBits, bool kLevels, int kCount>
 __device__ __forceinline__ void multiply_blocks(const unsigned char* codes, int quads,
-                                                const __half* from, const uint2* all_biases,
-                                                const __half* levels, float (&acc)[8][4],
+                                                const __half* from, const __half* levels, float (&acc)[8][4],
                                                 float (&bias)[4]) {
   const int lane = threadIdx.x % 32;
   const int quad = min(lane % 4, quads - 1), lane_at = lane / 4 * quads + quad;
   const int grid_at = u_code_bytes(kBits, 4 * quads) + 16 * quad;
   uint2 biases = make_uint2(0, 0);
-  if constexpr (kBiased<kBits, kLevels>) biases = all_biases[lane / 4];
+  if constexpr (kBiased<kBits, kLevels>) biases = kWidths.biases[kBits][lane / 4];
 #pragma unroll
   for (int m = 0; m < kCount; ++m) {
     const unsigned char* block = codes + m * whole_block_bytes(kBits);
@@ -73,15 +97,14 @@ __device__ __forceinline__ void multiply_halves(const unsigned char* codes, cons
   constexpr int kMost = blocks_a_step(kBits), kRanks = block_ranks(kBits), kQuads = kRanks / 4;
   const __half* levels = kLevels ? hidden.levels(share) : nullptr;
   const __half* from = hidden.of + token * hidden.pitch + 4 * (threadIdx.x % 4) + rank;
-  const uint2* biases = hidden.numbers.biases[kBits == 16 ? 0 : kBits];
   if (kMost == 4 && share.blocks == 4 && share.quads == kQuads) {
-    multiply_blocks<kBits, kLevels, kMost>(codes, kQuads, from, biases, levels, acc, bias);
+    multiply_blocks<kBits, kLevels, kMost>(codes, kQuads, from, levels, acc, bias);
     return;
   }
 #pragma unroll 1
   for (int m = 1; m <= share.blocks; ++m) {
     const int quads = m < share.blocks ? kQuads : share.quads;
-    multiply_blocks<kBits, kLevels, 1>(codes, quads, from, biases, levels, acc, bias);
+    multiply_blocks<kBits, kLevels, 1>(codes, quads, from, levels, acc, bias);
     codes += whole_block_bytes(kBits);
     from += kRanks;
   }
@@ -100,20 +123,22 @@ struct HalfSums {
   }
   __device__ __forceinline__ void end_band(const Share&, const Hidden&) {}
 
-  // Calls body(token, its 16 outputs of this lane, what those of products lane / 4 must lose).
+  // Calls body(token, its 16 outputs of this lane).
   template <typename Body>
-  __device__ __forceinline__ void for_tokens(const Numbers& numbers, Body&& body) const {
+  __device__ __forceinline__ void for_tokens(const Hidden& hidden, Body&& body) const {
+    const int c = threadIdx.x % 4;
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      const int token = 2 * (static_cast<int>(threadIdx.x) % 4) + column;
-      const float inverse = numbers.inverse[token][0];
+      const int token = 2 * c + column;
+      const float inverse = hidden.inverse[token * hidden.inverse_pitch];
       float outputs[16];
 #pragma unroll
       for (int f = 0; f < 8; ++f) {
-        outputs[2 * f] = acc[f][column] * inverse;
-        outputs[2 * f + 1] = acc[f][2 + column] * inverse;
+        const float loss = __shfl_sync(0xffffffffu, bias[column], 4 * f + c) + bias[2 + column];
+        outputs[2 * f] = (acc[f][column] - loss) * inverse;
+        outputs[2 * f + 1] = (acc[f][2 + column] - loss) * inverse;
       }
-      body(token, outputs, (bias[column] + bias[2 + column]) * inverse);
+      body(token, outputs);
     }
   }
 };
@@ -145,7 +170,7 @@ struct IntegerSums {
   // Behind the warp's last step of a band. One code for all widths: with few tokens a call's time
   // is that of reading its code.
   __device__ __forceinline__ void end_band(const Share& share, const Hidden& hidden) {
-    const float inverse = hidden.numbers.inverse[threadIdx.x % 4][share.band];
+    const float inverse = hidden.inverse[threadIdx.x % 4 * hidden.inverse_pitch + share.band];
     if (share.bits == 16 || share.levels) {
 #pragma unroll
       for (int f = 0; f < 8; ++f) {
@@ -155,7 +180,7 @@ struct IntegerSums {
     } else {
 #pragma unroll
       for (int f = 0; f < 8; ++f) {
-        const float2 units = hidden.numbers.units[share.bits][f];
+        const float2 units = kWidths.units[share.bits][f];
         const float low = fmaf(static_cast<float>(acc[f][1]), 1.f / kLow, acc[f][0]);
         const float high = fmaf(static_cast<float>(acc[f][3]), 1.f / kLow, acc[f][2]);
         sum[f][0] = fmaf(low, units.x * inverse, sum[f][0]);
@@ -170,11 +195,11 @@ struct IntegerSums {
 
   // As HalfSums.
   template <typename Body>
-  __device__ __forceinline__ void for_tokens(const Numbers&, Body&& body) const {
+  __device__ __forceinline__ void for_tokens(const Hidden&, Body&& body) const {
     float outputs[16];
 #pragma unroll
-    for (int i = 0; i < 16; ++i) outputs[i] = sum[i / 2][i % 2];
-    body(static_cast<int>(threadIdx.x) % 4, outputs, loss);
+    for (int i = 0; i < 16; ++i) outputs[i] = sum[i / 2][i % 2] - loss;
+    body(static_cast<int>(threadIdx.x) % 4, outputs);
   }
 
  private:

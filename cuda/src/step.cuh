@@ -65,23 +65,24 @@ __device__ __forceinline__ float* h_row(const Gemm& gemm, int tile, int slice, i
   return gemm.h + (rows + order) * gemm.ranks;
 }
 
-// Four ranks of h, the sum of the tiles of in_features, of which four are asked for at a time.
+// Four ranks of h, the sum of the tiles of in_features, of which kAtATime are asked for together.
+template <int kAtATime = 4>
 __device__ __forceinline__ float4 h_quad(const Gemm& gemm, int slice, int order, int quad,
                                          int tiles) {
   const int64_t stride = static_cast<int64_t>(gemm.slice_count) * gemm.token_count * gemm.ranks;
   const float* from = h_row(gemm, 0, slice, order) + 4 * quad;
   float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-  for (int first = 0; first < tiles; first += 4) {
-    float4 part[4];
+  for (int first = 0; first < tiles; first += kAtATime) {
+    float4 part[kAtATime];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kAtATime; ++i) {
       part[i] = make_float4(0.f, 0.f, 0.f, 0.f);
       if (first + i < tiles) {
         part[i] = __ldcg(reinterpret_cast<const float4*>(from + (first + i) * stride));
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < kAtATime; ++i) {
       sum.x += part[i].x;
       sum.y += part[i].y;
       sum.z += part[i].z;

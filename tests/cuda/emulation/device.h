@@ -22,6 +22,7 @@
 #include <type_traits>
 
 #undef __align__
+#undef __constant__
 #undef __device__
 #undef __forceinline__
 #undef __global__
@@ -30,6 +31,7 @@
 #undef __launch_bounds__
 #undef __shared__
 #define __align__(bytes)
+#define __constant__
 #define __device__
 #define __forceinline__ inline
 #define __global__
