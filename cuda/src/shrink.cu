@@ -14,8 +14,9 @@
 // registers, as the operand of the tensor core's 8 columns, while blocks of 16 ranks (the 16-row
 // operand) stream through stages that all warps share (stages.cuh; a block's groups are
 // contiguous). Of 1 and 2 bits a warp works on two groups of two blocks at a time, whose products
-// do not wait for each other. Every four blocks of ranks the warps meet and add their sums in warp
-// order. So a token's bits depend on nothing but its slot's tokens and x.
+// do not wait for each other. The warps' sums of up to four blocks of ranks are left in shared memory
+// (Notes of stages.cuh), where one warp adds them in warp order while the others go on. So a token's
+// bits depend on nothing but its slot's tokens and x.
 //
 // Chunks of up to kFewTokens tokens are multiplied as integers (fragment.cuh): with P = sum of
 // codes * x and S = sum of x, both whole, a block's sum is acc += scale * (P - zero * S). Others,
@@ -42,15 +43,13 @@ constexpr int kStages = 3;
 constexpr int kStageBytes = 8 * 2304;  // 32 blocks of 2 bits
 constexpr int kTokens = 8;
 constexpr int kRanks = 16;  // of a block
-constexpr int kBatch = 4;   // blocks of ranks between two meetings
+constexpr int kNotes = 2;
+constexpr int kBatch = 4;  // blocks of ranks whose sums are handed over together
 constexpr int kUnits = 4;   // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
 constexpr int kBlocks = 160;  // of ranks, of a batch
 constexpr int kSteps = kBlocks * kWarpGroups;
 
-// What one stage holds, a warp: groups of 128 features of one block of ranks or of two.
-DW_HD constexpr int groups_a_step(int bits) { return bits <= 4 ? 2 : 1; }
-DW_HD constexpr int blocks_a_step(int bits) { return bits <= 2 ? 2 : 1; }
 static_assert(4 * whole_block_bytes(2) * kTeam <= kStageBytes &&
                   2 * whole_block_bytes(4) * kTeam <= kStageBytes &&
                   kMaxBlockBytes * kTeam <= kStageBytes,
@@ -70,6 +69,10 @@ struct Segment {
   int first_group, groups;  // of the tile
   int first_step, steps;    // of a block
   bool codebook;
+
+  __device__ __forceinline__ bool integers() const {
+    return tokens <= kFewTokens && bits != 16 && !codebook;
+  }
 };
 
 // What one stage holds: groups of a block of ranks and, if `next` is not 0, of the block that lies
@@ -77,6 +80,13 @@ struct Segment {
 struct __align__(16) Step {
   const unsigned char* from;
   int bytes, next;
+};
+
+// Of some blocks of ranks, what every warp adds to their sums.
+struct Sums {
+  const Segment* segment[kBatch];
+  int block[kBatch];
+  float of[kBatch][kTeam][kTokens * kRanks];
 };
 
 struct Shared {
@@ -87,7 +97,8 @@ struct Shared {
   int segment_count, step_count;
   int most;
   WarpOnly own[kTeam];
-  float partial[2][kBatch][kTeam][kTokens * kRanks];
+  Notes<kNotes, 1, kTeam> notes;
+  Sums sums[kNotes];
 };
 
 static_assert(sizeof(Shared) <= 99 << 10, "what a block of threads may have on sm_89 and sm_120");
@@ -191,12 +202,10 @@ struct Run {
   Shared& shared;
   int lane, warp;
   Turn<kStages> turn;  // of the stages, over all batches
+  Turn<kNotes> note;   // of the sums
+  int waiting = 0;     // blocks in the note
+  int adder = 0;       // the warp that adds its sums
   int step = 0;        // of the batch
-  int waiting = 0, phase = 0;
-  // What this thread adds up when the warps meet: of every 4 blocks one has 64 threads, four tokens
-  // of 16 ranks at a time.
-  const Segment* mine = nullptr;
-  int my_rank = 0;  // of the band
 
   __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
       : gemm(gemm), shared(shared), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
@@ -222,28 +231,30 @@ struct Run {
   }
 
   __device__ __forceinline__ void run_batch() {
-    int unit = -1;
-    IntegerColumns integers;  // of a unit
+    const Segment* segment = shared.segments;
+    const Segment* const end = segment + shared.segment_count;
 #pragma unroll 1
-    for (int s = 0; s < shared.segment_count; ++s) {
-      const Segment& segment = shared.segments[s];
-      const bool few = segment.tokens <= kFewTokens;
-      if (few && segment.unit != unit) {
-        integers.load<T>(gemm, segment.order, segment.tokens, segment.first_group + warp,
-                         own_groups(segment), shared.own[warp].scratch);
-        unit = segment.unit;
-      }
-      dispatch(segment.bits, segment.codebook, [&]<int kBits, bool kLevels>() {
-        if constexpr (kBiased<kBits, kLevels>) {
-          if (few) return blocks<kBits, kLevels>(segment, integers);
-        }
+    while (segment < end) {
+      if (segment->integers()) {
+        const int unit = segment->unit;
+        IntegerColumns x;
+        x.load<T>(gemm, segment->order, segment->tokens, segment->first_group + warp,
+                  own_groups(*segment), shared.own[warp].scratch);
+#pragma unroll 1
+        do {
+          add_segment(*segment, x);
+        } while (++segment < end && segment->unit == unit && segment->integers());
+      } else {
         Columns x;
-        load(segment, x);
-        if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.own[warp].losses);
-        blocks<kBits, kLevels>(segment, x);
-      });
+        const int order = segment->order + min(lane / 4, segment->tokens - 1);
+        x.template load<T>(gemm, token_at(gemm, order), segment->first_group + warp,
+                           own_groups(*segment));
+        dispatch(segment->bits, segment->codebook, [&]<int kBits, bool kLevels>() {
+          if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.own[warp].losses);
+        });
+        add_segment(*segment++, x);
+      }
     }
-    if (waiting > 0) meet();
     __syncthreads();
   }
 
@@ -252,101 +263,89 @@ struct Run {
     return max(0, ceil_div(segment.groups - warp, kTeam));
   }
 
-  __device__ __forceinline__ void load(const Segment& segment, Columns& x) {
-    const int order = segment.order + min(lane / 4, segment.tokens - 1);
-    x.template load<T>(gemm, token_at(gemm, order), segment.first_group + warp,
-                       own_groups(segment));
+  // One loop for all widths, of which each has its products alone: with few tokens a call's time is
+  // that of reading its code.
+  template <typename X>
+  __device__ __forceinline__ void add_segment(const Segment& segment, const X& x) {
+    const int bits = segment.bits, groups = own_groups(segment);
+    const int tail = block_count(bits, segment.rank) - 1;
+    const int single = segment.first + 2 * segment.pairs;  // the first that shares no step
+    Place place(block_ranks(bits), bits);
+    typename X::BlockSums acc[2] = {};
+    int start = 0;  // of the warp's groups
+#pragma unroll 1
+    for (int block = segment.first; block < segment.last;) {
+      if (block == tail) place = Place(last_block_ranks(bits, segment.rank), bits);
+      if (warp == step % kTeam) fill(kStages - 1);
+      shared.stages.wait_full(turn);
+      const int count = block < single ? 2 : 1;
+      if (start < groups) {
+        // What is absent is done as if the first were there twice: in x it is 0, or not kept.
+        const Codes codes = {shared.stage[turn.place] + warp * place.bytes,
+                             count == 2 ? segment.groups * place.bytes : 0,
+                             start + 1 < groups ? kTeam * place.bytes : 0};
+        dispatch(bits, segment.codebook, [&]<int kBits, bool kLevels>() {
+          if constexpr (kBiased<kBits, kLevels> || X::kHalves) {
+            add_groups<kBits, kLevels>(acc, codes, place, x, start, shared.own[warp].losses,
+                                       segment.levels);
+          }
+        });
+      }
+      shared.stages.release(turn);
+      turn.next();
+      ++step;
+      start += groups_a_step(bits);
+      if (start * kTeam < segment.groups) continue;
+      start = 0;
+      keep(acc, count, segment, x, block);
+      acc[0] = acc[1] = {};
+      block += count;
+    }
   }
 
-  template <int kBits, bool kLevels, typename X>
-  __device__ __forceinline__ void blocks(const Segment& segment, const X& x) {
-    constexpr int kSums = std::is_same_v<X, Columns> ? 4 : 2;  // of a lane and block of ranks
-    const int tail = block_count(kBits, segment.rank) - 1, last = segment.last;
-    const int groups = own_groups(segment);
-    Place place(block_ranks(kBits), kBits);
-    int block = segment.first;
-    if constexpr (blocks_a_step(kBits) == 2) {
-      for (int pair = 0; pair < segment.pairs; ++pair, block += 2) {
-        float acc[2][kSums] = {};
-        step_of<kBits, kLevels>(acc, segment, place, x, groups, 0);
-        keep<kBits>(acc, segment, x, block);
+  // Leaves the sums of one or two blocks; of enough, and at the batch's end, a warp adds all.
+  template <typename X>
+  __device__ __forceinline__ void keep(const typename X::BlockSums (&acc)[2], int count,
+                                       const Segment& segment, const X& x, int block) {
+    if (waiting == 0) shared.notes.wait_empty(note);
+    Sums& sums = shared.sums[note.place];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (i == count) break;
+      x.store(acc[i], segment.bits, segment.tokens, kRanks, sums.of[waiting + i][warp]);
+      if (threadIdx.x == 0) {
+        sums.segment[waiting + i] = &segment;
+        sums.block[waiting + i] = block + i;
       }
     }
-    for (; block < last; ++block) {
-      if (block == tail) place = Place(last_block_ranks(kBits, segment.rank), kBits);
-      float acc[1][kSums] = {};
-#pragma unroll
-      for (int start = 0; start < kWarpGroups; start += groups_a_step(kBits)) {
-        if (start * kTeam >= segment.groups) break;
-        step_of<kBits, kLevels>(acc, segment, place, x, groups, start);
-      }
-      keep<kBits>(acc, segment, x, block);
+    waiting += count;
+    if (waiting + 2 <= kBatch && step < shared.step_count) return;
+    shared.notes.publish(note);
+    if (warp == adder) {
+      shared.notes.wait_full(note);
+      for (int place = lane / 16; place < waiting; place += 2) add_all(sums, place);
+      shared.notes.release(note);
     }
-  }
-
-  // Adds what the next stage holds, the warp's groups from `start` on.
-  template <int kBits, bool kLevels, int kRankBlocks, int kSums, typename X>
-  __device__ __forceinline__ void step_of(float (&acc)[kRankBlocks][kSums], const Segment& segment,
-                                          const Place& place, const X& x, int groups, int start) {
-    if (warp == step % kTeam) fill(kStages - 1);
-    shared.stages.wait_full(turn);
-    const unsigned char* codes = shared.stage[turn.place] + warp * place.bytes;
-    const auto add = [&]<int kCount>() {
-      add_groups<kBits, kLevels, kRankBlocks, kCount>(acc, codes, segment.groups * place.bytes,
-                                                      place, x, start, shared.own[warp].losses,
-                                                      segment.levels);
-    };
-    const int left = groups - start;
-    if (groups_a_step(kBits) == 2 && left >= 2) {
-      add.template operator()<groups_a_step(kBits)>();
-    } else if (left > 0) {
-      add.template operator()<1>();
-    }
-    shared.stages.release(turn);
-    turn.next();
-    ++step;
-  }
-
-  // Leaves the sums of one or two blocks for the meeting.
-  template <int kBits, int kCount, int kSums, typename X>
-  __device__ __forceinline__ void keep(const float (&acc)[kCount][kSums], const Segment& segment,
-                                       const X& x, int block) {
-    if (waiting + kCount > kBatch) meet();
-#pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      x.template store<kBits>(acc[i], segment.tokens, kRanks,
-                              shared.partial[phase][waiting + i][warp]);
-    }
-    const int place = threadIdx.x / (kTeamThreads / kBatch) - waiting;
-    if (place >= 0 && place < kCount) {
-      mine = &segment;
-      my_rank = (block + place) * block_ranks(kBits) + threadIdx.x % 16;
-    }
-    waiting += kCount;
-    if (waiting == kBatch) meet();
-  }
-
-  // Adds the warps' sums of the waiting blocks in warp order and writes h.
-  __device__ __forceinline__ void meet() {
-    __syncthreads();
-    const int place = threadIdx.x / (kTeamThreads / kBatch), rank = threadIdx.x % 16;
-    if (place < waiting) {
-      // A 16-bit block has eight ranks; zeros follow the last to the band's end.
-      const int size = block_ranks(mine->bits);
-      const bool last = my_rank - rank + size >= mine->rank;
-      const bool written = rank < size || (last && my_rank < padded_rank(mine->rank));
-      for (int token = threadIdx.x / 16 % 4; written && token < mine->tokens; token += 4) {
-        float value = 0.f;
-#pragma unroll
-        for (int w = 0; w < kTeam; ++w) {
-          value += shared.partial[phase][place][w][token * kRanks + rank];
-        }
-        if (my_rank >= mine->rank) value = 0.f;
-        mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;
-      }
-    }
+    adder = (adder + 1) % kTeam;
+    note.next();
     waiting = 0;
-    phase ^= 1;
+  }
+
+  // Adds the warps' sums of a block in warp order and writes h, a lane a rank.
+  __device__ __forceinline__ void add_all(const Sums& sums, int place) const {
+    const Segment& segment = *sums.segment[place];
+    const int size = block_ranks(segment.bits), block = sums.block[place], own = lane % 16;
+    const int rank = block * size + own;
+    // A 16-bit block has eight ranks; zeros follow the last to the band's end.
+    const bool last = (block + 1) * size >= segment.rank;
+    if (own >= size && !(last && rank < padded_rank(segment.rank))) return;
+    for (int token = 0; token < segment.tokens; ++token) {
+      float value = 0.f;
+#pragma unroll
+      for (int w = 0; w < kTeam; ++w) value += sums.of[place][w][token * kRanks + own];
+      if (rank >= segment.rank) value = 0.f;
+      segment.h[static_cast<int64_t>(token) * gemm.ranks + rank] = value;
+    }
   }
 };
 
@@ -356,7 +355,10 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   let_next_begin();  // stage 2 waits for all of this before it reads h
-  if (threadIdx.x == 0) shared.stages.initialize();
+  if (threadIdx.x == 0) {
+    shared.stages.initialize();
+    shared.notes.initialize();
+  }
   const int64_t most = most_blocks(gemm, &shared.most);
   const int64_t units = static_cast<int64_t>(chunk_count(gemm)) * gemm.slice_count * gemm.tiles;
   // Units are counted as if all had the most blocks.
