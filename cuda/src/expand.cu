@@ -34,6 +34,8 @@
 // bucket of tokens alone.
 #include <cuda_bf16.h>
 
+#include <algorithm>
+
 #include "expand_hidden.cuh"
 #include "expand_shares.cuh"
 #include "expand_sums.cuh"
@@ -232,9 +234,10 @@ struct Run {
   }
 };
 
+// `tokens`: of a chunk that shared memory has room for at a time.
 template <typename T, int kTeam, int kTeams>
 __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
-    expand_kernel(const __grid_constant__ Gemm gemm, int groups, int pitch) {
+    expand_kernel(const __grid_constant__ Gemm gemm, int groups, int pitch, int tokens) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kTeam, kTeams>*>(memory);
   __half* h = reinterpret_cast<__half*>(memory + sizeof(shared));
@@ -247,22 +250,25 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
   const int64_t end = all * (blockIdx.x + 1) / gridDim.x;
   bool waited = false;
   for (int64_t item = all * blockIdx.x / gridDim.x; item < end;) {
-    const Unit unit = unit_at(gemm, item, end, groups);
+    Unit unit = unit_at(gemm, item, end, groups);
     item += unit.last - unit.first;
     if (!is_served(gemm, unit.row)) continue;
     list_shares(gemm, unit.row, shared.parts, shared.numbers);
     if (threadIdx.x / 32 == 1) read_header(gemm, unit, shared.numbers);
     __syncthreads();
-    Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, ring, place, turn);
-    if (!waited) after_previous();
-    waited = true;
-    run.make_h();
-    if (unit.chunk.z <= kFewTokens) {
-      run.template all_items<IntegerSums>();
-    } else {
-      run.template all_items<HalfSums>();
+    for (int left = unit.chunk.z; left > 0; left -= tokens, unit.chunk.y += tokens) {
+      unit.chunk.z = min(left, tokens);
+      Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, ring, place, turn);
+      if (!waited) after_previous();
+      waited = true;
+      run.make_h();
+      if (unit.chunk.z <= kFewTokens) {
+        run.template all_items<IntegerSums>();
+      } else {
+        run.template all_items<HalfSums>();
+      }
+      __syncthreads();
     }
-    __syncthreads();
   }
   if (!waited) after_previous();
 }
@@ -272,21 +278,25 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
 int pitch_of(const Gemm& gemm) { return ceil_div(gemm.ranks, 64) * 64 + 16; }
 
 template <int kTeam, int kTeams>
-int shared_bytes(const Gemm& gemm) {
-  const int tokens = gemm.token_count < kTokens ? gemm.token_count : kTokens;
-  return static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch_of(gemm);
+int tokens_that_fit(const Gemm& gemm) {
+  const int bytes = shared_bytes_a_block() - static_cast<int>(sizeof(Shared<kTeam, kTeams>));
+  return std::min({bytes / (2 * pitch_of(gemm)), gemm.token_count, kTokens});
 }
 
 template <typename T, int kTeam, int kTeams>
 cudaError_t launch(const Gemm& gemm, int groups, cudaStream_t stream) {
+  static_assert(sizeof(Shared<8, 1>) + 2 * 2 * (intermediate_ranks(DW_MAX_RANK) + 80) < 99 << 10,
+                "two tokens of the highest rank fit on sm_89 and sm_120");
   const int64_t most = static_cast<int64_t>(gemm.token_count) * groups;
   const int64_t all = static_cast<int64_t>(multiprocessors()) * (16 / (kTeam * kTeams));
   // Of more tokens stage 1, which begins beside a product of the base, is the larger part of it.
   const bool beside = gemm.overwrite && gemm.token_count < 8;
   const int64_t resident = beside ? blocks_beside(gemm.token_count, all) : all;
   const int grid = static_cast<int>(most < resident ? most : resident);
-  return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams,
-                          shared_bytes<kTeam, kTeams>(gemm), stream, gemm, groups, pitch_of(gemm));
+  const int tokens = tokens_that_fit<kTeam, kTeams>(gemm), pitch = pitch_of(gemm);
+  const int bytes = static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch;
+  return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams, bytes,
+                          stream, gemm, groups, pitch, tokens);
 }
 
 // The more items there may be, the fewer warps share one.
@@ -294,7 +304,7 @@ template <typename T>
 cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
-  const bool fits = shared_bytes<16, 1>(gemm) <= shared_bytes_a_block();
+  const bool fits = tokens_that_fit<16, 1>(gemm) > 0;
   if (fits && gemm.token_count * groups <= 64) return launch<T, 16, 1>(gemm, groups, stream);
   if (gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);
   if (gemm.token_count < 64) return launch<T, 4, 2>(gemm, groups, stream);

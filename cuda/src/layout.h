@@ -90,7 +90,7 @@ DW_HD int u_group_bytes(int bits, int rank) {
 }
 
 DW_HD int group_count(int features, int offset) { return ceil_div(features + offset, kGroup); }
-DW_HD int padded_rank(int rank) { return ceil_div(rank, 16) * 16; }
+DW_HD constexpr int padded_rank(int rank) { return ceil_div(rank, 16) * 16; }
 
 DW_HD int band_bits(int64_t shape) { return static_cast<int>(shape & 0xff); }
 DW_HD int band_grid(int64_t shape) { return static_cast<int>(shape >> 8 & 0xff); }
@@ -142,7 +142,7 @@ DW_HD int tile_groups(int in_groups) {
 constexpr int kLoraTileGroups = 8;
 
 // Ranks of the workspace's intermediate, whatever bands a tenant has.
-DW_HD int intermediate_ranks(int max_rank) { return padded_rank(max_rank) + 16 * DW_MAX_BANDS; }
+DW_HD constexpr int intermediate_ranks(int max_rank) { return padded_rank(max_rank) + 16 * DW_MAX_BANDS; }
 DW_HD int intermediate_blocks(int max_rank) { return intermediate_ranks(max_rank) / 8; }
 
 }  // namespace dw

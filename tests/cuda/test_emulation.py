@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import shutil
 from dataclasses import replace
 from types import SimpleNamespace
@@ -105,6 +106,18 @@ def test_prefill_matches_float64(emulated, name):
 @pytest.mark.parametrize("name", DECODE)
 def test_decode_matches_float64(emulated, name):
     check(emulated, DECODE[name], "cpu")
+
+
+@pytest.mark.parametrize("rank", [1600, 4000])
+def test_tokens_of_high_ranks_take_turns_in_little_shared_memory(emulated, rank):
+    """Eight tokens' h of such ranks is more than a block of threads may hold on sm_89 and sm_120, 99 kB."""
+    emulate_shared_bytes = ctypes.CDLL(str(build_emulated())).emulate_shared_bytes
+    emulate_shared_bytes(99 << 10)
+    try:
+        bands = (*PRESET[:2], RandomBand(2, rank - 34))
+        check(emulated, Case(tokens=8, tenants=1, slots=[0] * 8, in_features=128, outs=(128,), bands=bands), "cpu")
+    finally:
+        emulate_shared_bytes(0)
 
 
 @pytest.mark.parametrize("name", HEADS)

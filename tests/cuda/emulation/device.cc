@@ -15,6 +15,7 @@
 
 namespace emulation {
 
+int shared_bytes = kSharedBytes;
 Index block_index, grid_size, block_size, thread_index;
 unsigned char* const shared_memory =
     static_cast<unsigned char*>(std::aligned_alloc(1024, kSharedBytes));
@@ -119,6 +120,10 @@ void launch(int blocks, int threads, const std::function<void()>& kernel) {
 }  // namespace emulation
 
 extern "C" {
+// For tests of GPUs that have less.
+__attribute__((visibility("default"))) void emulate_shared_bytes(int bytes) {
+  emulation::shared_bytes = bytes == 0 ? emulation::kSharedBytes : bytes;
+}
 cudaError_t cudaGetDevice(int* device) {
   *device = 0;
   return cudaSuccess;
@@ -132,7 +137,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
       *value = emulation::kMultiprocessors;
       break;
     default:
-      *value = emulation::kSharedBytes;
+      *value = emulation::shared_bytes;
   }
   return cudaSuccess;
 }

@@ -49,6 +49,7 @@ struct Index {
 constexpr int kMultiprocessors = 5;  // few: a block of threads shall have several items
 constexpr int kSharedBytes = 232448;
 
+extern int shared_bytes;  // that a block of threads may have: kSharedBytes or fewer
 extern Index block_index, grid_size, block_size, thread_index;  // of the fiber that runs
 extern unsigned char* const shared_memory;                      // what a launch asks for
 
@@ -153,7 +154,7 @@ using std::min;
 
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int shared_bytes) {
-  return shared_bytes > emulation::kSharedBytes ? cudaErrorInvalidValue : cudaSuccess;
+  return shared_bytes > emulation::shared_bytes ? cudaErrorInvalidValue : cudaSuccess;
 }
 
 inline void __syncthreads() { emulation::wait_at(0, static_cast<int>(blockDim.x)); }
