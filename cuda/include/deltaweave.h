@@ -128,7 +128,7 @@ typedef struct dw_record {
  * multiples of 256. A row of zeros is a slot that leaves the parameter at the base's. Parameters
  * that share a record have the same row. */
 #define DW_FIELD_BAND_COUNT 0
-#define DW_FIELD_ROW_BLOCKS 1  /* FACTORED, LORA: blocks of 16 ranks (8 if 16-bit), all bands */
+#define DW_FIELD_ROW_COST 1    /* FACTORED, LORA: of all blocks of ranks, cost_of_block, layout.h */
 #define DW_FIELD_PADDED_RANK 2 /* FACTORED, LORA: ranks with every band padded to 16 */
 #define DW_FIELD_HEADER 3      /* offset of the payload; FACTORED, LORA, MIX: float[64], layout.h */
 #define DW_FIELD_SIGMA 4       /* FACTORED, LORA: offset of float[padded rank] */

@@ -70,16 +70,15 @@ struct Shared {
   alignas(16) float sums[kTeams][kNotes][kTeam][kRound * kPitch];
 };
 
-__device__ __forceinline__ Unit unit_at(const Gemm& gemm, int64_t item, int64_t end, int groups) {
+__device__ __forceinline__ Unit unit_at(const Gemm& gemm, int item, int end, int groups) {
   Unit unit;
-  unit.chunk = chunk_of(gemm, static_cast<int>(item / groups));
-  unit.first = static_cast<int>(item % groups);
+  unit.chunk = chunk_of(gemm, item / groups);
+  unit.first = item % groups;
   unit.slice = 0;
   while (unit.first >= gemm.slices[unit.slice].groups) {
     unit.first -= gemm.slices[unit.slice++].groups;
   }
-  const int64_t left = end - item + unit.first;
-  unit.last = static_cast<int>(min(static_cast<int64_t>(gemm.slices[unit.slice].groups), left));
+  unit.last = min(gemm.slices[unit.slice].groups, end - item + unit.first);
   unit.row = directory_row(gemm, gemm.slices[unit.slice].projection, unit.chunk.x);
   return unit;
 }
@@ -164,19 +163,19 @@ struct Run {
 #pragma unroll 1
       for (int s = 0; s < shares; ++s) {
         const Share share = shared.parts.shares[part][s];
-        const int ranks = share.blocks * block_ranks(share.bits),
-                  end = share.h_index + share.steps * ranks;
+        dispatch(share.bits, share.levels, [&]<int kBits, bool kLevels>() {
+          const int ranks = share.blocks * block_ranks(kBits),
+                    end = share.h_index + share.steps * ranks;
 #pragma unroll 1
-        for (int rank = share.h_index; rank < end; rank += ranks) {
-          ring.wait(place);
-          __syncwarp();  // all lanes have read what the next fill overwrites
-          fill(kStages - 1);
-          const unsigned char* codes = shared.stage[threadIdx.x / 32][place];
-          dispatch(share.bits, share.levels, [&]<int kBits, bool kLevels>() {
+          for (int rank = share.h_index; rank < end; rank += ranks) {
+            ring.wait(place);
+            __syncwarp();  // all lanes have read what the next fill overwrites
+            fill(kStages - 1);
+            const unsigned char* codes = shared.stage[threadIdx.x / 32][place];
             sums.template add<kBits, kLevels>(codes, share, rank, hidden);
-          });
-          place = place + 1 == kStages ? 0 : place + 1;
-        }
+            place = place + 1 == kStages ? 0 : place + 1;
+          }
+        });
         if (share.last) sums.end_band(share, hidden);
       }
       finish(group, part, sums, hidden);
@@ -246,11 +245,10 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
   Turn<kNotes> turn;
   int place = 0;
   if (threadIdx.x < kTeams) shared.notes[threadIdx.x].initialize();
-  const int64_t all = static_cast<int64_t>(chunk_count(gemm)) * groups;
-  const int64_t end = all * (blockIdx.x + 1) / gridDim.x;
+  const Interval items = own_pieces(chunk_count(gemm) * groups);
   bool waited = false;
-  for (int64_t item = all * blockIdx.x / gridDim.x; item < end;) {
-    Unit unit = unit_at(gemm, item, end, groups);
+  for (int item = items.first; item < items.last;) {
+    Unit unit = unit_at(gemm, item, items.last, groups);
     item += unit.last - unit.first;
     if (!is_served(gemm, unit.row)) continue;
     list_shares(gemm, unit.row, shared.parts, shared.numbers);

@@ -115,18 +115,6 @@ DW_HD constexpr int most_place(int row) {
   return most;
 }
 
-// The same of any width up to 8, by four bits each.
-DW_HD constexpr uint64_t most_places(int row) {
-  return static_cast<uint64_t>(most_place<1>(row)) << 4 | most_place<2>(row) << 8 |
-         most_place<3>(row) << 12 | most_place<4>(row) << 16 |
-         static_cast<uint64_t>(most_place<8>(row)) << 32;
-}
-// 2^-most_place.
-__device__ __forceinline__ float most_unit(int bits, int row) {
-  const uint32_t place = most_places(row) >> 4 * bits & 15;
-  return __uint_as_float((127 - place) << 23);
-}
-
 // Values as signed steps of one size, of which the largest magnitude has kMostSteps: two signed
 // bytes, hi * 256 + lo. What is not finite leaves a size of NaN.
 struct Steps {

@@ -14,9 +14,8 @@
 // registers, as the operand of the tensor core's 8 columns, while blocks of 16 ranks (the 16-row
 // operand) stream through stages that all warps share (stages.cuh; a block's groups are
 // contiguous). Of 1 and 2 bits a warp works on two groups of two blocks at a time, whose products
-// do not wait for each other. The warps' sums of up to four blocks of ranks are left in shared memory
-// (Notes of stages.cuh), where one warp adds them in warp order while the others go on. So a token's
-// bits depend on nothing but its slot's tokens and x.
+// do not wait for each other. Every four blocks of ranks the warps meet and add their sums in warp
+// order. So a token's bits depend on nothing but its slot's tokens and x.
 //
 // Chunks of up to kFewTokens tokens are multiplied as integers (fragment.cuh): with P = sum of
 // codes * x and S = sum of x, both whole, a block's sum is acc += scale * (P - zero * S). Others,
@@ -25,7 +24,8 @@
 // biases in rows 0-7 and ones in rows 8-15, when x or the bit width changes.
 //
 // The launch's work, all blocks of ranks of every (tokens of one tenant, slice, tile), is cut into
-// equal runs, one a block of threads; a run is worked off in batches whose steps are listed first.
+// runs of equal cost, one a block of threads; a run is worked off in batches whose steps are listed
+// first.
 #include "kernels.h"
 #include "ring.cuh"
 #include "shrink_sums.cuh"
@@ -43,13 +43,15 @@ constexpr int kStages = 3;
 constexpr int kStageBytes = 8 * 2304;  // 32 blocks of 2 bits
 constexpr int kTokens = 8;
 constexpr int kRanks = 16;  // of a block
-constexpr int kNotes = 2;
-constexpr int kBatch = 4;  // blocks of ranks whose sums are handed over together
+constexpr int kBatch = 4;   // blocks of ranks between two meetings
 constexpr int kUnits = 4;   // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
-constexpr int kBlocks = 160;  // of ranks, of a batch
-constexpr int kSteps = kBlocks * kWarpGroups;
+constexpr int kCost = 320;  // of a batch: no step costs less than two
+constexpr int kSteps = kCost / 2 + kWarpGroups * kSegments;
 
+// What one stage holds, a warp: groups of 128 features of one block of ranks or of two.
+DW_HD constexpr int groups_a_step(int bits) { return bits <= 4 ? 2 : 1; }
+DW_HD constexpr int blocks_a_step(int bits) { return bits <= 2 ? 2 : 1; }
 static_assert(4 * whole_block_bytes(2) * kTeam <= kStageBytes &&
                   2 * whole_block_bytes(4) * kTeam <= kStageBytes &&
                   kMaxBlockBytes * kTeam <= kStageBytes,
@@ -69,10 +71,6 @@ struct Segment {
   int first_group, groups;  // of the tile
   int first_step, steps;    // of a block
   bool codebook;
-
-  __device__ __forceinline__ bool integers() const {
-    return tokens <= kFewTokens && bits != 16 && !codebook;
-  }
 };
 
 // What one stage holds: groups of a block of ranks and, if `next` is not 0, of the block that lies
@@ -80,13 +78,6 @@ struct Segment {
 struct __align__(16) Step {
   const unsigned char* from;
   int bytes, next;
-};
-
-// Of some blocks of ranks, what every warp adds to their sums.
-struct Sums {
-  const Segment* segment[kBatch];
-  int block[kBatch];
-  float of[kBatch][kTeam][kTokens * kRanks];
 };
 
 struct Shared {
@@ -97,27 +88,22 @@ struct Shared {
   int segment_count, step_count;
   int most;
   WarpOnly own[kTeam];
-  Notes<kNotes, 1, kTeam> notes;
-  Sums sums[kNotes];
+  float partial[2][kBatch][kTeam][kTokens * kRanks];
 };
 
 static_assert(sizeof(Shared) <= 99 << 10, "what a block of threads may have on sm_89 and sm_120");
 
-struct Range {
-  int64_t first, last;
-};
-
 // Warp 0 lists the segments of `range`, which lies within kUnits units from `unit`: a lane a (unit,
-// band).
-__device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64_t most,
-                              Shared& shared) {
+// band). A block belongs to the range in which its cost begins.
+__device__ __forceinline__ void list_segments(const Gemm& gemm, Interval range, int unit, int most,
+                                              Shared& shared) {
   const int lane = threadIdx.x, band = lane % DW_MAX_BANDS;
-  const int64_t own = unit + lane / DW_MAX_BANDS;
+  const int own = unit + lane / DW_MAX_BANDS;
   Segment segment = {};
-  int blocks = 0, padded = 0;
+  int blocks = 0, padded = 0, each = 1;
   const int64_t* row = nullptr;
   if (own * most < range.last) {
-    row = row_of(gemm, static_cast<int>(own / gemm.tiles));
+    row = row_of(gemm, own / gemm.tiles);
     if (is_served(gemm, row)) {
       const int64_t shape = row[DW_FIELD_BANDS + band * DW_BAND_FIELDS + DW_BAND_SHAPE];
       segment.bits = band_bits(shape);
@@ -125,25 +111,26 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64
       segment.codebook = band_grid(shape) == DW_GRID_CODEBOOK;
       if (segment.rank > 0) blocks = block_count(segment.bits, segment.rank);
       padded = padded_rank(segment.rank);
+      each = cost_of_block(segment.bits, segment.codebook);
     }
   }
-  int block_start = blocks, rank_start = padded;  // inclusive sums over the bands
+  int cost_start = blocks * each, rank_start = padded;  // inclusive sums over the bands
 #pragma unroll
   for (int step = 1; step < DW_MAX_BANDS; step *= 2) {
-    const int more_blocks = __shfl_up_sync(0xffffffffu, block_start, step, DW_MAX_BANDS);
+    const int more_cost = __shfl_up_sync(0xffffffffu, cost_start, step, DW_MAX_BANDS);
     const int more_ranks = __shfl_up_sync(0xffffffffu, rank_start, step, DW_MAX_BANDS);
     if (band >= step) {
-      block_start += more_blocks;
+      cost_start += more_cost;
       rank_start += more_ranks;
     }
   }
-  block_start -= blocks;
+  cost_start -= blocks * each;
   rank_start -= padded;
-  const int64_t low = range.first - own * most, high = range.last - own * most;
-  segment.first = static_cast<int>(max(low - block_start, int64_t{0}));
-  segment.last = static_cast<int>(min(high - block_start, static_cast<int64_t>(blocks)));
+  const int from = own * most + cost_start;
+  segment.first = ceil_div(max(range.first - from, 0), each);
+  segment.last = min(ceil_div(max(range.last - from, 0), each), blocks);
   const bool valid = segment.first < segment.last;
-  segment.tile = static_cast<int>(own % gemm.tiles);
+  segment.tile = own % gemm.tiles;
   segment.first_group = segment.tile * gemm.tile_groups;
   segment.groups = min(gemm.tile_groups, gemm.in_groups - segment.first_group);
   segment.steps = ceil_div(ceil_div(segment.groups, kTeam), groups_a_step(segment.bits));
@@ -163,14 +150,14 @@ __device__ void list_segments(const Gemm& gemm, Range range, int64_t unit, int64
   if (lane == 0) shared.segment_count = __popc(all);
   if (lane == 31) shared.step_count = stop;
   if (!valid) return;
-  const int pair = static_cast<int>(own / gemm.tiles), slice = pair % gemm.slice_count;
+  const int pair = own / gemm.tiles, slice = pair % gemm.slice_count;
   const int4 chunk = chunk_of(gemm, pair / gemm.slice_count);
   const int64_t* fields = row + DW_FIELD_BANDS + band * DW_BAND_FIELDS;
   segment.v = gemm.arena + fields[DW_BAND_V];
   segment.levels = reinterpret_cast<const __half*>(gemm.arena + fields[DW_BAND_LEVELS]);
   segment.order = chunk.y;
   segment.tokens = chunk.z;
-  segment.unit = static_cast<int>(own);
+  segment.unit = own;
   segment.h = h_row(gemm, segment.tile, slice, chunk.y) + rank_start;
   shared.segments[__popc(all & ((1u << lane) - 1))] = segment;
 }
@@ -202,10 +189,12 @@ struct Run {
   Shared& shared;
   int lane, warp;
   Turn<kStages> turn;  // of the stages, over all batches
-  Turn<kNotes> note;   // of the sums
-  int waiting = 0;     // blocks in the note
-  int adder = 0;       // the warp that adds its sums
   int step = 0;        // of the batch
+  int waiting = 0, phase = 0;
+  // What this thread adds up when the warps meet: of every 4 blocks one has 64 threads, four tokens
+  // of 16 ranks at a time.
+  const Segment* mine = nullptr;
+  int my_rank = 0;  // of the band
 
   __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
       : gemm(gemm), shared(shared), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
@@ -231,30 +220,28 @@ struct Run {
   }
 
   __device__ __forceinline__ void run_batch() {
-    const Segment* segment = shared.segments;
-    const Segment* const end = segment + shared.segment_count;
+    int unit = -1;
+    IntegerColumns integers;  // of a unit
 #pragma unroll 1
-    while (segment < end) {
-      if (segment->integers()) {
-        const int unit = segment->unit;
-        IntegerColumns x;
-        x.load<T>(gemm, segment->order, segment->tokens, segment->first_group + warp,
-                  own_groups(*segment), shared.own[warp].scratch);
-#pragma unroll 1
-        do {
-          add_segment(*segment, x);
-        } while (++segment < end && segment->unit == unit && segment->integers());
-      } else {
-        Columns x;
-        const int order = segment->order + min(lane / 4, segment->tokens - 1);
-        x.template load<T>(gemm, token_at(gemm, order), segment->first_group + warp,
-                           own_groups(*segment));
-        dispatch(segment->bits, segment->codebook, [&]<int kBits, bool kLevels>() {
-          if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.own[warp].losses);
-        });
-        add_segment(*segment++, x);
+    for (int s = 0; s < shared.segment_count; ++s) {
+      const Segment& segment = shared.segments[s];
+      const bool few = segment.tokens <= kFewTokens;
+      if (few && segment.unit != unit) {
+        integers.load<T>(gemm, segment.order, segment.tokens, segment.first_group + warp,
+                         own_groups(segment), shared.own[warp].scratch);
+        unit = segment.unit;
       }
+      dispatch(segment.bits, segment.codebook, [&]<int kBits, bool kLevels>() {
+        if constexpr (kBiased<kBits, kLevels>) {
+          if (few) return blocks<kBits, kLevels>(segment, integers);
+        }
+        Columns x;
+        load(segment, x);
+        if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.own[warp].losses);
+        blocks<kBits, kLevels>(segment, x);
+      });
     }
+    if (waiting > 0) meet();
     __syncthreads();
   }
 
@@ -263,89 +250,101 @@ struct Run {
     return max(0, ceil_div(segment.groups - warp, kTeam));
   }
 
-  // One loop for all widths, of which each has its products alone: with few tokens a call's time is
-  // that of reading its code.
-  template <typename X>
-  __device__ __forceinline__ void add_segment(const Segment& segment, const X& x) {
-    const int bits = segment.bits, groups = own_groups(segment);
-    const int tail = block_count(bits, segment.rank) - 1;
-    const int single = segment.first + 2 * segment.pairs;  // the first that shares no step
-    Place place(block_ranks(bits), bits);
-    typename X::BlockSums acc[2] = {};
-    int start = 0;  // of the warp's groups
-#pragma unroll 1
-    for (int block = segment.first; block < segment.last;) {
-      if (block == tail) place = Place(last_block_ranks(bits, segment.rank), bits);
-      if (warp == step % kTeam) fill(kStages - 1);
-      shared.stages.wait_full(turn);
-      const int count = block < single ? 2 : 1;
-      if (start < groups) {
-        // What is absent is done as if the first were there twice: in x it is 0, or not kept.
-        const Codes codes = {shared.stage[turn.place] + warp * place.bytes,
-                             count == 2 ? segment.groups * place.bytes : 0,
-                             start + 1 < groups ? kTeam * place.bytes : 0};
-        dispatch(bits, segment.codebook, [&]<int kBits, bool kLevels>() {
-          if constexpr (kBiased<kBits, kLevels> || X::kHalves) {
-            add_groups<kBits, kLevels>(acc, codes, place, x, start, shared.own[warp].losses,
-                                       segment.levels);
-          }
-        });
+  __device__ __forceinline__ void load(const Segment& segment, Columns& x) {
+    const int order = segment.order + min(lane / 4, segment.tokens - 1);
+    x.template load<T>(gemm, token_at(gemm, order), segment.first_group + warp,
+                       own_groups(segment));
+  }
+
+  template <int kBits, bool kLevels, typename X>
+  __device__ __forceinline__ void blocks(const Segment& segment, const X& x) {
+    constexpr int kSums = std::is_same_v<X, Columns> ? 4 : 2;  // of a lane and block of ranks
+    const int tail = block_count(kBits, segment.rank) - 1, last = segment.last;
+    const int groups = own_groups(segment);
+    Place place(block_ranks(kBits), kBits);
+    int block = segment.first;
+    if constexpr (blocks_a_step(kBits) == 2) {
+      for (int pair = 0; pair < segment.pairs; ++pair, block += 2) {
+        float acc[2][kSums] = {};
+        step_of<kBits, kLevels>(acc, segment, place, x, groups, 0);
+        keep<kBits>(acc, segment, x, block);
       }
-      shared.stages.release(turn);
-      turn.next();
-      ++step;
-      start += groups_a_step(bits);
-      if (start * kTeam < segment.groups) continue;
-      start = 0;
-      keep(acc, count, segment, x, block);
-      acc[0] = acc[1] = {};
-      block += count;
+    }
+    for (; block < last; ++block) {
+      if (block == tail) place = Place(last_block_ranks(kBits, segment.rank), kBits);
+      float acc[1][kSums] = {};
+#pragma unroll
+      for (int start = 0; start < kWarpGroups; start += groups_a_step(kBits)) {
+        if (start * kTeam >= segment.groups) break;
+        step_of<kBits, kLevels>(acc, segment, place, x, groups, start);
+      }
+      keep<kBits>(acc, segment, x, block);
     }
   }
 
-  // Leaves the sums of one or two blocks; of enough, and at the batch's end, a warp adds all.
-  template <typename X>
-  __device__ __forceinline__ void keep(const typename X::BlockSums (&acc)[2], int count,
-                                       const Segment& segment, const X& x, int block) {
-    if (waiting == 0) shared.notes.wait_empty(note);
-    Sums& sums = shared.sums[note.place];
+  // Adds what the next stage holds, the warp's groups from `start` on.
+  template <int kBits, bool kLevels, int kRankBlocks, int kSums, typename X>
+  __device__ __forceinline__ void step_of(float (&acc)[kRankBlocks][kSums], const Segment& segment,
+                                          const Place& place, const X& x, int groups, int start) {
+    if (warp == step % kTeam) fill(kStages - 1);
+    shared.stages.wait_full(turn);
+    const unsigned char* codes = shared.stage[turn.place] + warp * place.bytes;
+    const auto add = [&]<int kCount>() {
+      add_groups<kBits, kLevels, kRankBlocks, kCount>(acc, codes, segment.groups * place.bytes,
+                                                      place, x, start, shared.own[warp].losses,
+                                                      segment.levels);
+    };
+    const int left = groups - start;
+    if (groups_a_step(kBits) == 2 && left >= 2) {
+      add.template operator()<groups_a_step(kBits)>();
+    } else if (left > 0) {
+      add.template operator()<1>();
+    }
+    shared.stages.release(turn);
+    turn.next();
+    ++step;
+  }
+
+  // Leaves the sums of one or two blocks for the meeting.
+  template <int kBits, int kCount, int kSums, typename X>
+  __device__ __forceinline__ void keep(const float (&acc)[kCount][kSums], const Segment& segment,
+                                       const X& x, int block) {
+    if (waiting + kCount > kBatch) meet();
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      if (i == count) break;
-      x.store(acc[i], segment.bits, segment.tokens, kRanks, sums.of[waiting + i][warp]);
-      if (threadIdx.x == 0) {
-        sums.segment[waiting + i] = &segment;
-        sums.block[waiting + i] = block + i;
+    for (int i = 0; i < kCount; ++i) {
+      x.template store<kBits>(acc[i], segment.tokens, kRanks,
+                              shared.partial[phase][waiting + i][warp]);
+    }
+    const int place = threadIdx.x / (kTeamThreads / kBatch) - waiting;
+    if (place >= 0 && place < kCount) {
+      mine = &segment;
+      my_rank = (block + place) * block_ranks(kBits) + threadIdx.x % 16;
+    }
+    waiting += kCount;
+    if (waiting == kBatch) meet();
+  }
+
+  // Adds the warps' sums of the waiting blocks in warp order and writes h.
+  __device__ __forceinline__ void meet() {
+    __syncthreads();
+    const int place = threadIdx.x / (kTeamThreads / kBatch), rank = threadIdx.x % 16;
+    if (place < waiting) {
+      // A 16-bit block has eight ranks; zeros follow the last to the band's end.
+      const int size = block_ranks(mine->bits);
+      const bool last = my_rank - rank + size >= mine->rank;
+      const bool written = rank < size || (last && my_rank < padded_rank(mine->rank));
+      for (int token = threadIdx.x / 16 % 4; written && token < mine->tokens; token += 4) {
+        float value = 0.f;
+#pragma unroll
+        for (int w = 0; w < kTeam; ++w) {
+          value += shared.partial[phase][place][w][token * kRanks + rank];
+        }
+        if (my_rank >= mine->rank) value = 0.f;
+        mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;
       }
     }
-    waiting += count;
-    if (waiting + 2 <= kBatch && step < shared.step_count) return;
-    shared.notes.publish(note);
-    if (warp == adder) {
-      shared.notes.wait_full(note);
-      for (int place = lane / 16; place < waiting; place += 2) add_all(sums, place);
-      shared.notes.release(note);
-    }
-    adder = (adder + 1) % kTeam;
-    note.next();
     waiting = 0;
-  }
-
-  // Adds the warps' sums of a block in warp order and writes h, a lane a rank.
-  __device__ __forceinline__ void add_all(const Sums& sums, int place) const {
-    const Segment& segment = *sums.segment[place];
-    const int size = block_ranks(segment.bits), block = sums.block[place], own = lane % 16;
-    const int rank = block * size + own;
-    // A 16-bit block has eight ranks; zeros follow the last to the band's end.
-    const bool last = (block + 1) * size >= segment.rank;
-    if (own >= size && !(last && rank < padded_rank(segment.rank))) return;
-    for (int token = 0; token < segment.tokens; ++token) {
-      float value = 0.f;
-#pragma unroll
-      for (int w = 0; w < kTeam; ++w) value += sums.of[place][w][token * kRanks + own];
-      if (rank >= segment.rank) value = 0.f;
-      segment.h[static_cast<int64_t>(token) * gemm.ranks + rank] = value;
-    }
+    phase ^= 1;
   }
 };
 
@@ -355,20 +354,15 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   let_next_begin();  // stage 2 waits for all of this before it reads h
-  if (threadIdx.x == 0) {
-    shared.stages.initialize();
-    shared.notes.initialize();
-  }
-  const int64_t most = most_blocks(gemm, &shared.most);
-  const int64_t units = static_cast<int64_t>(chunk_count(gemm)) * gemm.slice_count * gemm.tiles;
-  // Units are counted as if all had the most blocks.
-  const Range range = {units * most * blockIdx.x / gridDim.x,
-                       units * most * (blockIdx.x + 1) / gridDim.x};
+  if (threadIdx.x == 0) shared.stages.initialize();
+  const int most = most_cost(gemm, &shared.most);
+  // Units are counted as if all cost the most.
+  const Interval range = own_pieces(chunk_count(gemm) * gemm.slice_count * gemm.tiles * most);
   Run<T> run(gemm, shared);
   bool waited = false;
-  for (int64_t first = range.first; first < range.last;) {
-    const int64_t unit = first / most;
-    const Range batch = {first, min(min(range.last, first + kBlocks), (unit + kUnits) * most)};
+  for (int first = range.first; first < range.last;) {
+    const int unit = first / most;
+    const Interval batch = {first, min(min(range.last, first + kCost), (unit + kUnits) * most)};
     if (threadIdx.x < 32) list_segments(gemm, batch, unit, most, shared);
     __syncthreads();
     list_steps(gemm, shared);

@@ -100,8 +100,21 @@ __device__ __forceinline__ uint32_t largest_bits(float4 v) {
   return max(max(magnitude(v.x), magnitude(v.y)), max(magnitude(v.z), magnitude(v.w)));
 }
 
-// The most blocks of ranks of any (chunk, slice); all threads of a block call it.
-__device__ __forceinline__ int most_blocks(const Gemm& gemm, int* shared_most) {
+// Consecutive pieces of a launch's work.
+struct Interval {
+  int first, last;
+};
+
+// A block of threads' own of `count` pieces: all have as many, or one more.
+__device__ __forceinline__ Interval own_pieces(int count) {
+  const int blocks = gridDim.x, own = blockIdx.x, each = count / blocks,
+            more = count - each * blocks;
+  const int first = own * each + min(own, more);
+  return {first, first + each + (own < more)};
+}
+
+// The most that any (chunk, slice) costs stage 1; all threads of a block call it.
+__device__ __forceinline__ int most_cost(const Gemm& gemm, int* shared_most) {
   if (threadIdx.x == 0) *shared_most = 0;
   __syncthreads();
   const int pairs = chunk_count(gemm) * gemm.slice_count;
@@ -111,7 +124,7 @@ __device__ __forceinline__ int most_blocks(const Gemm& gemm, int* shared_most) {
     // The bands' fields are read next, and lie in other lines.
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS));
     asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS + 16));
-    if (is_served(gemm, row)) own = max(own, static_cast<int>(row[DW_FIELD_ROW_BLOCKS]));
+    if (is_served(gemm, row)) own = max(own, static_cast<int>(row[DW_FIELD_ROW_COST]));
   }
   own = __reduce_max_sync(0xffffffffu, own);
   if (threadIdx.x % 32 == 0) atomicMax(shared_most, own);
