@@ -14,8 +14,9 @@
 // registers, as the operand of the tensor core's 8 columns, while blocks of 16 ranks (the 16-row
 // operand) stream through stages that all warps share (stages.cuh; a block's groups are
 // contiguous). Of 1 and 2 bits a warp works on two groups of two blocks at a time, whose products
-// do not wait for each other. Every four blocks of ranks the warps meet and add their sums in warp
-// order. So a token's bits depend on nothing but its slot's tokens and x.
+// do not wait for each other. The warps' sums of up to four blocks of ranks are left in shared
+// memory (Notes of stages.cuh), where one warp adds them in warp order while the others go on. So a
+// token's bits depend on nothing but its slot's tokens and x.
 //
 // Chunks of up to kFewTokens tokens are multiplied as integers (fragment.cuh): with P = sum of
 // codes * x and S = sum of x, both whole, a block's sum is acc += scale * (P - zero * S). Others,
@@ -43,7 +44,8 @@ constexpr int kStages = 3;
 constexpr int kStageBytes = 8 * 2304;  // 32 blocks of 2 bits
 constexpr int kTokens = 8;
 constexpr int kRanks = 16;  // of a block
-constexpr int kBatch = 4;   // blocks of ranks between two meetings
+constexpr int kNotes = 2;
+constexpr int kBatch = 4;  // blocks of ranks whose sums are handed over together
 constexpr int kUnits = 4;   // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
 constexpr int kCost = 320;  // of a batch: no step costs less than two
@@ -80,6 +82,19 @@ struct __align__(16) Step {
   int bytes, next;
 };
 
+// Where the sums of a block of ranks go: of its ranks some are present, and zeros are written
+// behind them.
+struct __align__(16) Block {
+  float* h;  // of the first token and rank
+  int tokens, present, written;
+};
+
+// What every warp adds to the sums of some blocks.
+struct Sums {
+  Block blocks[kBatch];
+  float of[kBatch][kTeam][kTokens * kRanks];
+};
+
 struct Shared {
   unsigned char stage[kStages][kStageBytes];
   Stages<kStages, kTeam> stages;
@@ -88,7 +103,8 @@ struct Shared {
   int segment_count, step_count;
   int most;
   WarpOnly own[kTeam];
-  float partial[2][kBatch][kTeam][kTokens * kRanks];
+  Notes<kNotes, 1, kTeam> notes;
+  Sums sums[kNotes];
 };
 
 static_assert(sizeof(Shared) <= 99 << 10, "what a block of threads may have on sm_89 and sm_120");
@@ -190,11 +206,9 @@ struct Run {
   int lane, warp;
   Turn<kStages> turn;  // of the stages, over all batches
   int step = 0;        // of the batch
-  int waiting = 0, phase = 0;
-  // What this thread adds up when the warps meet: of every 4 blocks one has 64 threads, four tokens
-  // of 16 ranks at a time.
-  const Segment* mine = nullptr;
-  int my_rank = 0;  // of the band
+  Turn<kNotes> note;   // of the sums
+  int waiting = 0;     // blocks in the note
+  int adder = 0;       // the warp that adds them up
 
   __device__ __forceinline__ Run(const Gemm& gemm, Shared& shared)
       : gemm(gemm), shared(shared), lane(threadIdx.x % 32), warp(threadIdx.x / 32) {}
@@ -241,7 +255,7 @@ struct Run {
         blocks<kBits, kLevels>(segment, x);
       });
     }
-    if (waiting > 0) meet();
+    if (waiting > 0) hand_over();
     __syncthreads();
   }
 
@@ -305,46 +319,55 @@ struct Run {
     ++step;
   }
 
-  // Leaves the sums of one or two blocks for the meeting.
+  // Leaves the sums of one or two blocks; of enough, a warp adds all.
   template <int kBits, int kCount, int kSums, typename X>
   __device__ __forceinline__ void keep(const float (&acc)[kCount][kSums], const Segment& segment,
                                        const X& x, int block) {
-    if (waiting + kCount > kBatch) meet();
+    if (waiting == 0) shared.notes.wait_empty(note);
+    Sums& sums = shared.sums[note.place];
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      x.template store<kBits>(acc[i], segment.tokens, kRanks,
-                              shared.partial[phase][waiting + i][warp]);
-    }
-    const int place = threadIdx.x / (kTeamThreads / kBatch) - waiting;
-    if (place >= 0 && place < kCount) {
-      mine = &segment;
-      my_rank = (block + place) * block_ranks(kBits) + threadIdx.x % 16;
-    }
-    waiting += kCount;
-    if (waiting == kBatch) meet();
-  }
-
-  // Adds the warps' sums of the waiting blocks in warp order and writes h.
-  __device__ __forceinline__ void meet() {
-    __syncthreads();
-    const int place = threadIdx.x / (kTeamThreads / kBatch), rank = threadIdx.x % 16;
-    if (place < waiting) {
-      // A 16-bit block has eight ranks; zeros follow the last to the band's end.
-      const int size = block_ranks(mine->bits);
-      const bool last = my_rank - rank + size >= mine->rank;
-      const bool written = rank < size || (last && my_rank < padded_rank(mine->rank));
-      for (int token = threadIdx.x / 16 % 4; written && token < mine->tokens; token += 4) {
-        float value = 0.f;
-#pragma unroll
-        for (int w = 0; w < kTeam; ++w) {
-          value += shared.partial[phase][place][w][token * kRanks + rank];
-        }
-        if (my_rank >= mine->rank) value = 0.f;
-        mine->h[static_cast<int64_t>(token) * gemm.ranks + my_rank] = value;
+      x.template store<kBits>(acc[i], segment.tokens, kRanks, sums.of[waiting + i][warp]);
+      if (threadIdx.x == 0) {
+        // A 16-bit block has eight ranks; zeros follow the last to the band's end.
+        const int first = (block + i) * block_ranks(kBits), present = segment.rank - first;
+        const int written = present > block_ranks(kBits) ? block_ranks(kBits)
+                                                         : padded_rank(segment.rank) - first;
+        sums.blocks[waiting + i] = {segment.h + first, segment.tokens, present, written};
       }
     }
+    waiting += kCount;
+    if (waiting + 2 > kBatch) hand_over();
+  }
+
+  // One warp, another each time, adds the waiting blocks' sums while the others go on.
+  __device__ __forceinline__ void hand_over() {
+    shared.notes.publish(note);
+    if (warp == adder) {
+      shared.notes.wait_full(note);
+#pragma unroll 1
+      for (int place = lane / kRanks; place < waiting; place += 32 / kRanks) {
+        add_all(shared.sums[note.place], place);
+      }
+      shared.notes.release(note);
+    }
+    adder = (adder + 1) % kTeam;
+    note.next();
     waiting = 0;
-    phase ^= 1;
+  }
+
+  // Adds the warps' sums of a block in warp order and writes h, a lane a rank.
+  __device__ __forceinline__ void add_all(const Sums& sums, int place) const {
+    const Block block = sums.blocks[place];
+    const int rank = lane % kRanks;
+    if (rank >= block.written) return;
+#pragma unroll 1
+    for (int token = 0; token < block.tokens; ++token) {
+      float value = 0.f;
+#pragma unroll
+      for (int w = 0; w < kTeam; ++w) value += sums.of[place][w][token * kRanks + rank];
+      block.h[static_cast<int64_t>(token) * gemm.ranks + rank] = rank < block.present ? value : 0.f;
+    }
   }
 };
 
@@ -354,7 +377,10 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& shared = *reinterpret_cast<Shared*>(memory);
   let_next_begin();  // stage 2 waits for all of this before it reads h
-  if (threadIdx.x == 0) shared.stages.initialize();
+  if (threadIdx.x == 0) {
+    shared.stages.initialize();
+    shared.notes.initialize();
+  }
   const int most = most_cost(gemm, &shared.most);
   // Units are counted as if all cost the most.
   const Interval range = own_pieces(chunk_count(gemm) * gemm.slice_count * gemm.tiles * most);
