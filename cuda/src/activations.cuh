@@ -18,19 +18,23 @@ namespace dw {
 // x of eight tokens and up to kGroups groups of 128 features, kStride groups apart.
 template <int kGroups, int kStride>
 struct Activations {
-  uint4 of[kGroups][4];
+  // Of a block of ranks: tokens 2c and 2c + 1 of rank 2q, and of rank 2q + 1.
+  struct BlockSums {
+    float of[4];
+  };
 
+  uint4 of[kGroups][4];
   float inverse[2];  // of tokens 2c and 2c + 1: what undoes their rows' power of two, times weight
 
   // Lays a block's sums, of ranks 2q and 2q + 1, out as [token, rank].
   template <int kBits>
-  __device__ __forceinline__ void store(const float (&acc)[4], int tokens, int pitch,
+  __device__ __forceinline__ void store(const BlockSums& acc, int tokens, int pitch,
                                         float* to) const {
     const int q = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       if (2 * c + i >= tokens) break;
-      const float2 sums = make_float2(acc[i] * inverse[i], acc[2 + i] * inverse[i]);
+      const float2 sums = make_float2(acc.of[i] * inverse[i], acc.of[2 + i] * inverse[i]);
       *reinterpret_cast<float2*>(to + (2 * c + i) * pitch + 2 * q) = sums;
     }
   }
@@ -101,6 +105,11 @@ struct Activations {
 // of token t; the largest value of a token's part is kMostSteps steps.
 template <int kGroups, int kStride>
 struct IntegerActivations {
+  // Of a block of ranks: token c of rank 2q, and of rank 2q + 1, times 2^most_place.
+  struct BlockSums {
+    float of[2];
+  };
+
   uint32_t of[kGroups][8];  // this lane's operand of product f (integers() of fragment.cuh)
   float sum[kGroups];       // of token c, in steps
   float inverse;            // of token c: the size of a step, times weight
@@ -154,12 +163,12 @@ struct IntegerActivations {
 
   // Lays a block's sums, of ranks 2q and 2q + 1, out as [token, rank].
   template <int kBits>
-  __device__ __forceinline__ void store(const float (&acc)[2], int tokens, int pitch,
+  __device__ __forceinline__ void store(const BlockSums& acc, int tokens, int pitch,
                                         float* to) const {
     const int q = threadIdx.x % 32 / 4, c = threadIdx.x % 4;
     if (c >= tokens) return;
-    const float2 sums = make_float2(acc[0] * inverse / (1 << most_place<kBits>(0)),
-                                    acc[1] * inverse / (1 << most_place<kBits>(1)));
+    const float2 sums = make_float2(acc.of[0] * inverse / (1 << most_place<kBits>(0)),
+                                    acc.of[1] * inverse / (1 << most_place<kBits>(1)));
     *reinterpret_cast<float2*>(to + c * pitch + 2 * q) = sums;
   }
 

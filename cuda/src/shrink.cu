@@ -51,9 +51,6 @@ constexpr int kSegments = kUnits * DW_MAX_BANDS;
 constexpr int kCost = 320;  // of a batch: no step costs less than two
 constexpr int kSteps = kCost / 2 + kWarpGroups * kSegments;
 
-// What one stage holds, a warp: groups of 128 features of one block of ranks or of two.
-DW_HD constexpr int groups_a_step(int bits) { return bits <= 4 ? 2 : 1; }
-DW_HD constexpr int blocks_a_step(int bits) { return bits <= 2 ? 2 : 1; }
 static_assert(4 * whole_block_bytes(2) * kTeam <= kStageBytes &&
                   2 * whole_block_bytes(4) * kTeam <= kStageBytes &&
                   kMaxBlockBytes * kTeam <= kStageBytes,
@@ -73,6 +70,10 @@ struct Segment {
   int first_group, groups;  // of the tile
   int first_step, steps;    // of a block
   bool codebook;
+
+  __device__ __forceinline__ bool integers() const {
+    return tokens <= kFewTokens && bits != 16 && !codebook;
+  }
 };
 
 // What one stage holds: groups of a block of ranks and, if `next` is not 0, of the block that lies
@@ -234,26 +235,32 @@ struct Run {
   }
 
   __device__ __forceinline__ void run_batch() {
-    int unit = -1;
-    IntegerColumns integers;  // of a unit
+    const Segment* segment = shared.segments;
+    const Segment* const end = segment + shared.segment_count;
 #pragma unroll 1
-    for (int s = 0; s < shared.segment_count; ++s) {
-      const Segment& segment = shared.segments[s];
-      const bool few = segment.tokens <= kFewTokens;
-      if (few && segment.unit != unit) {
-        integers.load<T>(gemm, segment.order, segment.tokens, segment.first_group + warp,
-                         own_groups(segment), shared.own[warp].scratch);
-        unit = segment.unit;
-      }
-      dispatch(segment.bits, segment.codebook, [&]<int kBits, bool kLevels>() {
-        if constexpr (kBiased<kBits, kLevels>) {
-          if (few) return blocks<kBits, kLevels>(segment, integers);
-        }
+    while (segment < end) {
+      if (segment->integers()) {
+        const int unit = segment->unit;
+        IntegerColumns x;
+        x.load<T>(gemm, segment->order, segment->tokens, segment->first_group + warp,
+                  own_groups(*segment), shared.own[warp].scratch);
+#pragma unroll 1
+        do {
+          dispatch(segment->bits, segment->codebook, [&]<int kBits, bool kLevels>() {
+            if constexpr (kBiased<kBits, kLevels>) blocks<kBits, kLevels>(*segment, x);
+          });
+        } while (++segment < end && segment->unit == unit && segment->integers());
+      } else {
         Columns x;
-        load(segment, x);
-        if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.own[warp].losses);
-        blocks<kBits, kLevels>(segment, x);
-      });
+        const int order = segment->order + min(lane / 4, segment->tokens - 1);
+        x.template load<T>(gemm, token_at(gemm, order), segment->first_group + warp,
+                           own_groups(*segment));
+        dispatch(segment->bits, segment->codebook, [&]<int kBits, bool kLevels>() {
+          if constexpr (kBiased<kBits, kLevels>) find_losses<kBits>(x, shared.own[warp].losses);
+          blocks<kBits, kLevels>(*segment, x);
+        });
+        ++segment;
+      }
     }
     if (waiting > 0) hand_over();
     __syncthreads();
@@ -264,69 +271,48 @@ struct Run {
     return max(0, ceil_div(segment.groups - warp, kTeam));
   }
 
-  __device__ __forceinline__ void load(const Segment& segment, Columns& x) {
-    const int order = segment.order + min(lane / 4, segment.tokens - 1);
-    x.template load<T>(gemm, token_at(gemm, order), segment.first_group + warp,
-                       own_groups(segment));
-  }
-
+  // One loop a width: code that a call runs once costs as much as its products.
   template <int kBits, bool kLevels, typename X>
   __device__ __forceinline__ void blocks(const Segment& segment, const X& x) {
-    constexpr int kSums = std::is_same_v<X, Columns> ? 4 : 2;  // of a lane and block of ranks
-    const int tail = block_count(kBits, segment.rank) - 1, last = segment.last;
-    const int groups = own_groups(segment);
+    constexpr int kAtATime = blocks_a_step(kBits), kGroups = groups_a_step(kBits);
+    const int tail = block_count(kBits, segment.rank) - 1, groups = own_groups(segment);
+    const int single = segment.first + 2 * segment.pairs;  // the first that shares no step
     Place place(block_ranks(kBits), kBits);
-    int block = segment.first;
-    if constexpr (blocks_a_step(kBits) == 2) {
-      for (int pair = 0; pair < segment.pairs; ++pair, block += 2) {
-        float acc[2][kSums] = {};
-        step_of<kBits, kLevels>(acc, segment, place, x, groups, 0);
-        keep<kBits>(acc, segment, x, block);
-      }
-    }
-    for (; block < last; ++block) {
+    int count;
+#pragma unroll 1
+    for (int block = segment.first; block < segment.last; block += count) {
+      count = kAtATime == 2 && block < single ? 2 : 1;
       if (block == tail) place = Place(last_block_ranks(kBits, segment.rank), kBits);
-      float acc[1][kSums] = {};
-#pragma unroll
-      for (int start = 0; start < kWarpGroups; start += groups_a_step(kBits)) {
-        if (start * kTeam >= segment.groups) break;
-        step_of<kBits, kLevels>(acc, segment, place, x, groups, start);
+      typename X::BlockSums acc[kAtATime] = {};
+#pragma unroll 1
+      for (int start = 0; start * kTeam < segment.groups; start += kGroups) {
+        if (warp == step % kTeam) fill(kStages - 1);
+        shared.stages.wait_full(turn);
+        if (start < groups) {
+          // What is absent is done as if the first were there twice: of x it is 0, or not kept.
+          const Codes codes = {shared.stage[turn.place] + warp * place.bytes,
+                               count == 2 ? segment.groups * place.bytes : 0,
+                               start + 1 < groups ? kTeam * place.bytes : 0};
+          add_groups<kBits, kLevels>(acc, codes, place, x, start, shared.own[warp].losses,
+                                     segment.levels);
+        }
+        shared.stages.release(turn);
+        turn.next();
+        ++step;
       }
-      keep<kBits>(acc, segment, x, block);
+      keep<kBits>(acc, count, segment, x, block);
     }
   }
 
-  // Adds what the next stage holds, the warp's groups from `start` on.
-  template <int kBits, bool kLevels, int kRankBlocks, int kSums, typename X>
-  __device__ __forceinline__ void step_of(float (&acc)[kRankBlocks][kSums], const Segment& segment,
-                                          const Place& place, const X& x, int groups, int start) {
-    if (warp == step % kTeam) fill(kStages - 1);
-    shared.stages.wait_full(turn);
-    const unsigned char* codes = shared.stage[turn.place] + warp * place.bytes;
-    const auto add = [&]<int kCount>() {
-      add_groups<kBits, kLevels, kRankBlocks, kCount>(acc, codes, segment.groups * place.bytes,
-                                                      place, x, start, shared.own[warp].losses,
-                                                      segment.levels);
-    };
-    const int left = groups - start;
-    if (groups_a_step(kBits) == 2 && left >= 2) {
-      add.template operator()<groups_a_step(kBits)>();
-    } else if (left > 0) {
-      add.template operator()<1>();
-    }
-    shared.stages.release(turn);
-    turn.next();
-    ++step;
-  }
-
-  // Leaves the sums of one or two blocks; of enough, a warp adds all.
-  template <int kBits, int kCount, int kSums, typename X>
-  __device__ __forceinline__ void keep(const float (&acc)[kCount][kSums], const Segment& segment,
-                                       const X& x, int block) {
+  // Leaves the sums of one block or two; of enough, a warp adds all.
+  template <int kBits, int kAtATime, typename X>
+  __device__ __forceinline__ void keep(const typename X::BlockSums (&acc)[kAtATime], int count,
+                                       const Segment& segment, const X& x, int block) {
     if (waiting == 0) shared.notes.wait_empty(note);
     Sums& sums = shared.sums[note.place];
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
+    for (int i = 0; i < kAtATime; ++i) {
+      // There is room for a second that is not counted.
       x.template store<kBits>(acc[i], segment.tokens, kRanks, sums.of[waiting + i][warp]);
       if (threadIdx.x == 0) {
         // A 16-bit block has eight ranks; zeros follow the last to the band's end.
@@ -336,7 +322,7 @@ struct Run {
         sums.blocks[waiting + i] = {segment.h + first, segment.tokens, present, written};
       }
     }
-    waiting += kCount;
+    waiting += count;
     if (waiting + 2 > kBatch) hand_over();
   }
 

@@ -13,6 +13,10 @@ namespace shrink {
 constexpr int kTeam = 8;  // warps of a block of threads
 constexpr int kWarpGroups = kTileGroups / kTeam;
 
+// What one stage holds, a warp: groups of 128 features of one block of ranks or of two.
+DW_HD constexpr int groups_a_step(int bits) { return bits <= 4 ? 2 : 1; }
+DW_HD constexpr int blocks_a_step(int bits) { return bits <= 2 ? 2 : 1; }
+
 // Of a tile the warp-th of every eight groups.
 using Columns = Activations<kWarpGroups, kTeam>;
 using IntegerColumns = IntegerActivations<kWarpGroups, kTeam>;
@@ -71,23 +75,30 @@ __device__ __forceinline__ void read_grid(const unsigned char* at, float2& low, 
   high = __half22float2(pair_of(grid.y));
 }
 
-// acc[b] += the warp's part of kCount groups from `first` on, of kRankBlocks blocks of ranks that
-// lie `jump` bytes apart. All are worked on together, so that no product waits for the one before
-// it.
-template <int kBits, bool kLevels, int kRankBlocks, int kCount>
-__device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][4], const unsigned char* codes,
-                                           int jump, const Place& place, const Columns& x,
-                                           int first, const Losses& losses, const __half* levels) {
+// Where a warp's groups of a step begin, and how far apart its blocks of ranks and its groups are.
+struct Codes {
+  const unsigned char* first;
+  int jump, stride;
+};
+
+// acc[b] += the warp's part of groups_a_step groups from `first` on, of blocks_a_step blocks of
+// ranks. All are worked on together, so that no product waits for the one before it.
+template <int kBits, bool kLevels>
+__device__ __forceinline__ void add_groups(Columns::BlockSums (&acc)[blocks_a_step(kBits)],
+                                           const Codes& codes, const Place& place,
+                                           const Columns& x, int first,
+                                           const Losses& losses, const __half* levels) {
+  constexpr int kRankBlocks = blocks_a_step(kBits), kCount = groups_a_step(kBits);
   const float4* bias = &losses.bias[first][threadIdx.x % 4];
   const float2* sum = &losses.sum[first][threadIdx.x % 4];
-  const int stride = kTeam * place.bytes;  // between groups of a warp
   uint32_t words[kRankBlocks][kCount][2 * kBits];
   float product[kRankBlocks][kCount][4] = {};
 #pragma unroll
   for (int b = 0; b < kRankBlocks; ++b) {
 #pragma unroll
     for (int g = 0; g < kCount; ++g) {
-      load_words<kBits>(words[b][g], codes + b * jump + g * stride, place.lane, place.lanes);
+      load_words<kBits>(words[b][g], codes.first + b * codes.jump + g * codes.stride, place.lane,
+                        place.lanes);
       if constexpr (kBiased<kBits, kLevels>) {
         const float4 start = bias[4 * g];
         product[b][g][0] = start.x;
@@ -105,7 +116,8 @@ __device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][4], const u
       for (int g = 0; g < kCount; ++g) {
         uint32_t a[4];
         fragment<kBits, kLevels>(a, words[b][g], f, levels);
-        const uint2 columns = x.columns(first + g, f);
+        const uint2 columns =
+            kCount == 1 && first > 0 ? x.columns(1, f) : x.columns(g, f);
         multiply(product[b][g], a, columns.x, columns.y);
       }
     }
@@ -116,15 +128,15 @@ __device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][4], const u
     for (int g = 0; g < kCount; ++g) {
       if constexpr (kBits == 16) {
 #pragma unroll
-        for (int j = 0; j < 4; ++j) acc[b][j] += product[b][g][j];
+        for (int j = 0; j < 4; ++j) acc[b].of[j] += product[b][g][j];
       } else {
         float2 low, high;
-        read_grid(codes + b * jump + g * stride + place.grid, low, high);
+        read_grid(codes.first + b * codes.jump + g * codes.stride + place.grid, low, high);
         const float2 s = kBiased<kBits, kLevels> ? sum[4 * g] : make_float2(0.f, 0.f);
-        acc[b][0] = fmaf(low.x, fmaf(-low.y, s.x, product[b][g][0]), acc[b][0]);
-        acc[b][1] = fmaf(low.x, fmaf(-low.y, s.y, product[b][g][1]), acc[b][1]);
-        acc[b][2] = fmaf(high.x, fmaf(-high.y, s.x, product[b][g][2]), acc[b][2]);
-        acc[b][3] = fmaf(high.x, fmaf(-high.y, s.y, product[b][g][3]), acc[b][3]);
+        acc[b].of[0] = fmaf(low.x, fmaf(-low.y, s.x, product[b][g][0]), acc[b].of[0]);
+        acc[b].of[1] = fmaf(low.x, fmaf(-low.y, s.y, product[b][g][1]), acc[b].of[1]);
+        acc[b].of[2] = fmaf(high.x, fmaf(-high.y, s.x, product[b][g][2]), acc[b].of[2]);
+        acc[b].of[3] = fmaf(high.x, fmaf(-high.y, s.y, product[b][g][3]), acc[b].of[3]);
       }
     }
   }
@@ -165,18 +177,23 @@ __device__ __forceinline__ float joined(const int (&parts)[kParts<kBits>][4], in
   return static_cast<float>(sum);
 }
 
-template <int kBits, bool, int kRankBlocks, int kCount>
-__device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][2], const unsigned char* codes,
-                                           int jump, const Place& place, const IntegerColumns& x,
-                                           int first, const Losses&, const __half*) {
-  const int stride = kTeam * place.bytes;
+template <int kBits, bool>
+__device__ __forceinline__ void add_groups(IntegerColumns::BlockSums (&acc)[blocks_a_step(kBits)],
+                                           const Codes& codes, const Place& place,
+                                           const IntegerColumns& x, int first,
+                                           const Losses&, const __half*) {
+  constexpr int kRankBlocks = blocks_a_step(kBits), kCount = groups_a_step(kBits);
 #pragma unroll
   for (int g = 0; g < kCount; ++g) {
+    const bool second = kCount == 1 && first > 0;  // group
+    const auto operand = [&](int f) { return second ? x.operand(1, f) : x.operand(g, f); };
+    const float sum = second ? x.sum[1] : x.sum[g];
     uint32_t words[kRankBlocks][2 * kBits];
     int parts[kRankBlocks][kParts<kBits>][4] = {};
 #pragma unroll
     for (int b = 0; b < kRankBlocks; ++b) {
-      load_words<kBits>(words[b], codes + b * jump + g * stride, place.lane, place.lanes);
+      load_words<kBits>(words[b], codes.first + b * codes.jump + g * codes.stride, place.lane,
+                        place.lanes);
     }
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -187,18 +204,16 @@ __device__ __forceinline__ void add_groups(float (&acc)[kRankBlocks][2], const u
                                integers<kBits>(words[b], product.first, 1),
                                integers<kBits>(words[b], product.second, 0),
                                integers<kBits>(words[b], product.second, 1)};
-        multiply(parts[b][product.part], a, x.operand(first + g, product.first),
-                 x.operand(first + g, product.second));
+        multiply(parts[b][product.part], a, operand(product.first), operand(product.second));
       }
     }
-    const float sums[2] = {x.sum[first + g] * (1 << most_place<kBits>(0)),
-                           x.sum[first + g] * (1 << most_place<kBits>(1))};
+    const float sums[2] = {sum * (1 << most_place<kBits>(0)), sum * (1 << most_place<kBits>(1))};
 #pragma unroll
     for (int b = 0; b < kRankBlocks; ++b) {
       float2 low, high;
-      read_grid(codes + b * jump + g * stride + place.grid, low, high);
-      acc[b][0] = fmaf(low.x, fmaf(-low.y, sums[0], joined<kBits>(parts[b], 0)), acc[b][0]);
-      acc[b][1] = fmaf(high.x, fmaf(-high.y, sums[1], joined<kBits>(parts[b], 1)), acc[b][1]);
+      read_grid(codes.first + b * codes.jump + g * codes.stride + place.grid, low, high);
+      acc[b].of[0] = fmaf(low.x, fmaf(-low.y, sums[0], joined<kBits>(parts[b], 0)), acc[b].of[0]);
+      acc[b].of[1] = fmaf(high.x, fmaf(-high.y, sums[1], joined<kBits>(parts[b], 1)), acc[b].of[1]);
     }
   }
 }
