@@ -28,13 +28,14 @@ int attribute(cudaDeviceAttr which) {
 
 int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 int compute_major() { return attribute(cudaDevAttrComputeCapabilityMajor); }
+int shared_bytes() { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
+int shared_bytes_a_block() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 // Measured on an H200 (cuda/NOTES.md): with few tokens both stages, with some more the
 // first, gain by it; with many the delta is what takes longer.
 int64_t blocks_beside(int token_count, int64_t all) {
   if (token_count < 8) return std::min<int64_t>(all, multiprocessors() * 6 / 11);
   return token_count < 16 ? all / 3 : all;
 }
-int shared_bytes_a_block() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
 namespace {
 

@@ -54,6 +54,10 @@ constexpr int kStageBytes = 2304;   // four blocks of 2 bits
 constexpr int kRound = 2;           // tokens whose sums are left at a time
 constexpr int kPitch = kGroup + 4;  // floats between tokens when sums meet
 constexpr int kNotes = 2;
+constexpr int kReservedBytes = 1024;  // of shared memory, a block of threads
+// Blocks of threads a multiprocessor.
+template <int kTeam, int kTeams>
+constexpr int resident = 16 / (kTeam * kTeams);
 static_assert(4 * whole_block_bytes(2) <= kStageBytes && kMaxBlockBytes <= kStageBytes &&
                   2 * whole_block_bytes(4) <= kStageBytes,
               "every step fits a stage");
@@ -99,8 +103,8 @@ struct Run {
   int lane, member, team;
   int ahead_group, ahead_share = 0, ahead_step = 0;
 
-  __device__ __forceinline__ Run(const Gemm& gemm, const Unit& unit, Mine& shared, __half* h, int pitch,
-                                  WarpRing& ring, int& place, Turn<kNotes>& turn)
+  __device__ __forceinline__ Run(const Gemm& gemm, const Unit& unit, Mine& shared, __half* h,
+                                 int pitch, WarpRing& ring, int& place, Turn<kNotes>& turn)
       : gemm(gemm),
         unit(unit),
         shared(shared),
@@ -156,8 +160,12 @@ struct Run {
 #pragma unroll 1
     for (int group = unit.first + team; group < unit.last; group += kTeams) {
       const int part = part_of(group), shares = shared.parts.share_count[part];
-      const Hidden hidden = {h,          pitch,    unit.chunk.z,
-                             gemm.arena, unit.row, shared.numbers.inverse[0][part],
+      const Hidden hidden = {h,
+                             pitch,
+                             unit.chunk.z,
+                             gemm.arena,
+                             unit.row,
+                             shared.numbers.inverse[0][part],
                              kTeam * DW_MAX_BANDS};
       Sums sums;
 #pragma unroll 1
@@ -233,10 +241,14 @@ struct Run {
   }
 };
 
-// `tokens`: of a chunk that shared memory has room for at a time.
+// Halves of h that a token takes: tokens 16 bytes apart in the banks' cycle of 128, so that eight
+// lanes read different ones.
+DW_HD constexpr int pitch_of(int ranks) { return ceil_div(ranks, 64) * 64 + 16; }
+
+// `room`: for halves of h. Of a chunk that needs more, some tokens are taken at a time.
 template <typename T, int kTeam, int kTeams>
-__global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
-    expand_kernel(const __grid_constant__ Gemm gemm, int groups, int pitch, int tokens) {
+__global__ void __launch_bounds__(32 * kTeam * kTeams, resident<kTeam, kTeams>)
+    expand_kernel(const __grid_constant__ Gemm gemm, int groups, int room) {
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kTeam, kTeams>*>(memory);
   __half* h = reinterpret_cast<__half*>(memory + sizeof(shared));
@@ -252,8 +264,10 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
     item += unit.last - unit.first;
     if (!is_served(gemm, unit.row)) continue;
     list_shares(gemm, unit.row, shared.parts, shared.numbers);
-    if (threadIdx.x / 32 == 1) read_header(gemm, unit, shared.numbers);
+    if (threadIdx.x / 32 == kTeam * kTeams - 1) read_header(gemm, unit, shared.numbers);
     __syncthreads();
+    const int pitch = pitch_of(static_cast<int>(unit.row[DW_FIELD_PADDED_RANK]));
+    const int tokens = room / pitch;
     for (int left = unit.chunk.z; left > 0; left -= tokens, unit.chunk.y += tokens) {
       unit.chunk.z = min(left, tokens);
       Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, ring, place, turn);
@@ -271,30 +285,32 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, 16 / (kTeam * kTeams))
   if (!waited) after_previous();
 }
 
-// Ranks of h that a token takes: tokens 16 bytes apart in the banks' cycle of 128, so that eight
-// lanes read different ones.
-int pitch_of(const Gemm& gemm) { return ceil_div(gemm.ranks, 64) * 64 + 16; }
-
+// Room for h of all tokens of a chunk, or for as much of it as lets all resident blocks of threads
+// run, whatever the highest rank; where that is none, for as much as one block may have.
 template <int kTeam, int kTeams>
-int tokens_that_fit(const Gemm& gemm) {
-  const int bytes = shared_bytes_a_block() - static_cast<int>(sizeof(Shared<kTeam, kTeams>));
-  return std::min({bytes / (2 * pitch_of(gemm)), gemm.token_count, kTokens});
+int room_for_h(const Gemm& gemm) {
+  const int pitch = pitch_of(gemm.ranks), tokens = std::min(gemm.token_count, kTokens);
+  const int fixed = static_cast<int>(sizeof(Shared<kTeam, kTeams>));
+  const int own = (shared_bytes() / resident<kTeam, kTeams> - kReservedBytes - fixed) / 2;
+  const int most = (shared_bytes_a_block() - fixed) / 2;
+  return std::min(tokens * pitch, own >= pitch ? std::min(own, most) : most);
 }
 
 template <typename T, int kTeam, int kTeams>
 cudaError_t launch(const Gemm& gemm, int groups, cudaStream_t stream) {
-  static_assert(sizeof(Shared<8, 1>) + 2 * 2 * (intermediate_ranks(DW_MAX_RANK) + 80) < 99 << 10,
-                "two tokens of the highest rank fit on sm_89 and sm_120");
+  static_assert(
+      kTeam > 8 ||
+          sizeof(Shared<kTeam, kTeams>) + 2 * pitch_of(intermediate_ranks(DW_MAX_RANK)) <= 99 << 10,
+      "a token of the highest rank fits on sm_89 and sm_120");
   const int64_t most = static_cast<int64_t>(gemm.token_count) * groups;
-  const int64_t all = static_cast<int64_t>(multiprocessors()) * (16 / (kTeam * kTeams));
   // Of more tokens stage 1, which begins beside a product of the base, is the larger part of it.
-  const bool beside = gemm.overwrite && gemm.token_count < 8;
-  const int64_t resident = beside ? blocks_beside(gemm.token_count, all) : all;
-  const int grid = static_cast<int>(most < resident ? most : resident);
-  const int tokens = tokens_that_fit<kTeam, kTeams>(gemm), pitch = pitch_of(gemm);
-  const int bytes = static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * tokens * pitch;
+  int64_t all = static_cast<int64_t>(multiprocessors()) * resident<kTeam, kTeams>;
+  if (gemm.overwrite && gemm.token_count < 8) all = blocks_beside(gemm.token_count, all);
+  const int grid = static_cast<int>(most < all ? most : all),
+            room = room_for_h<kTeam, kTeams>(gemm);
+  const int bytes = static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * room;
   return launch_dependent(expand_kernel<T, kTeam, kTeams>, dim3(grid), 32 * kTeam * kTeams, bytes,
-                          stream, gemm, groups, pitch, tokens);
+                          stream, gemm, groups, room);
 }
 
 // The more items there may be, the fewer warps share one.
@@ -302,7 +318,7 @@ template <typename T>
 cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
-  const bool fits = tokens_that_fit<16, 1>(gemm) > 0;
+  const bool fits = room_for_h<16, 1>(gemm) >= pitch_of(gemm.ranks);
   if (fits && gemm.token_count * groups <= 64) return launch<T, 16, 1>(gemm, groups, stream);
   if (gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);
   if (gemm.token_count < 64) return launch<T, 4, 2>(gemm, groups, stream);

@@ -29,7 +29,7 @@ template <int kParts>
 struct Numbers {
   int first_rank[DW_MAX_BANDS];  // of a band in h
   float largest_scale[DW_MAX_BANDS];
-  float undo;                                     // u's power of two
+  float undo;                                    // u's power of two
   float inverse[kTokens][kParts][DW_MAX_BANDS];  // what undoes what h was multiplied with
 };
 

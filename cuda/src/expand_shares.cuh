@@ -45,66 +45,68 @@ DW_HD constexpr int cost_of(int bits, bool levels) {
   return levels ? 16 : bits == 16 ? 10 : bits == 8 ? 6 : bits <= 2 ? 4 : 5;
 }
 
-// Lists an item's shares, a thread a part: the item's blocks in the order of bands, cut into parts
-// of equal cost.
+// The sum up to and with this lane's of eight, and that of all.
+__device__ __forceinline__ int sum_of_bands(int value) {
+#pragma unroll
+  for (int step = 1; step < DW_MAX_BANDS; step *= 2) {
+    const int more = __shfl_up_sync(0xffffffffu, value, step, DW_MAX_BANDS);
+    if (threadIdx.x % DW_MAX_BANDS >= step) value += more;
+  }
+  return value;
+}
+__device__ __forceinline__ int last_of_bands(int sum) {
+  return __shfl_sync(0xffffffffu, sum, threadIdx.x % 32 | (DW_MAX_BANDS - 1));
+}
+
+// Lists an item's shares, a thread a part and band: the item's blocks in the order of bands, cut
+// into parts of equal cost. All threads call it.
 template <int kParts>
 __device__ __forceinline__ void list_shares(const Gemm& gemm, const int64_t* row,
                                             Parts<kParts>& parts, Numbers<kParts>& numbers) {
-  const Shapes shapes = load_shapes(row);
-  int cost = 0, ranks = 0;
-#pragma unroll
-  for (int b = 0; b < DW_MAX_BANDS; ++b) {
-    const int bits = band_bits(shapes.of[b]), rank = band_rank(shapes.of[b]);
-    if (threadIdx.x == 0) numbers.first_rank[b] = ranks;
-    if (rank == 0) continue;  // no ranks lie behind the last band
-    cost += block_count(bits, rank) * cost_of(bits, band_grid(shapes.of[b]) == DW_GRID_CODEBOOK);
-    ranks += padded_rank(rank);
-  }
+  static_assert(DW_MAX_BANDS == 8, "lanes of a part");
+  const int part = threadIdx.x / DW_MAX_BANDS, band = threadIdx.x % DW_MAX_BANDS;
+  const int64_t* fields = row + DW_FIELD_BANDS + band * DW_BAND_FIELDS;
+  const int64_t shape = fields[DW_BAND_SHAPE];
+  const int bits = band_bits(shape), rank = band_rank(shape);
+  const bool levels = band_grid(shape) == DW_GRID_CODEBOOK;
+  // No ranks lie behind the last band.
+  const int blocks = rank > 0 ? block_count(bits, rank) : 0, each = cost_of(bits, levels);
+  const int cost_end = sum_of_bands(blocks * each), rank_end = sum_of_bands(padded_rank(rank));
+  const int first_rank = rank_end - padded_rank(rank), cost_start = cost_end - blocks * each;
+  const int cost = last_of_bands(cost_end), ranks = last_of_bands(rank_end);
   const float* sigma = reinterpret_cast<const float*>(gemm.arena + row[DW_FIELD_SIGMA]);
-  for (int rank = 32 * static_cast<int>(threadIdx.x); rank < ranks; rank += 32 * blockDim.x) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(sigma + rank));
+  for (int at = 32 * static_cast<int>(threadIdx.x); at < ranks; at += 32 * blockDim.x) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(sigma + at));
   }
-  const int part = threadIdx.x;
+  if (part == 0) numbers.first_rank[band] = first_rank;
+  const int low = cost * part / kParts - cost_start, high = cost * (part + 1) / kParts - cost_start;
+  const int first = min(ceil_div(max(low, 0), each), blocks);
+  const int stop = min(ceil_div(max(high, 0), each), blocks);
+  const int most = blocks_a_step(bits), whole = whole_block_bytes(bits);
+  // Of the last block some ranks may be absent.
+  const int present = rank / block_ranks(bits), alike = max(0, min(stop, present) - first) / most;
+  const int at = first + alike * most, shares = (alike > 0) + (at < stop);
+  const int share_end = sum_of_bands(shares);
   if (part >= kParts) return;
-  int low = cost * part / kParts, high = cost * (part + 1) / kParts, count = 0, first_rank = 0;
-#pragma unroll 1
-  for (int b = 0; b < DW_MAX_BANDS && high > 0; ++b) {
-    const int64_t* fields = row + DW_FIELD_BANDS + b * DW_BAND_FIELDS;
-    const int64_t shape = fields[DW_BAND_SHAPE];
-    const int bits = band_bits(shape), rank = band_rank(shape);
-    if (rank == 0) break;
-    const bool levels = band_grid(shape) == DW_GRID_CODEBOOK;
-    const int each = cost_of(bits, levels), blocks = block_count(bits, rank);
-    const int first = min(ceil_div(max(low, 0), each), blocks);
-    const int stop = min(ceil_div(max(high, 0), each), blocks);
-    const int most = blocks_a_step(bits), whole = whole_block_bytes(bits);
-    // Of the last block some ranks may be absent.
-    const int present = rank / block_ranks(bits), alike = max(0, min(stop, present) - first) / most;
-    const auto set = [&](int at, int steps, int taken) {
-      Share& share = parts.shares[part][count++];
-      const int end = at + taken;
-      const int left = end == blocks ? last_block_ranks(bits, rank) : block_ranks(bits);
-      share.u = gemm.arena + fields[DW_BAND_U] + at * whole;
-      share.group_bytes = u_group_bytes(bits, rank);
-      share.steps = static_cast<uint16_t>(steps);
-      share.bytes = static_cast<uint16_t>((taken - 1) * whole + u_block_bytes(bits, left));
-      share.h_index = static_cast<uint16_t>(first_rank + at * block_ranks(bits));
-      share.blocks = static_cast<uint8_t>(taken);
-      share.quads = static_cast<uint8_t>(ceil_div(left, 4));
-      share.bits = static_cast<uint8_t>(bits);
-      share.band = static_cast<uint8_t>(b);
-      share.levels = levels;
-      share.last = at + steps * taken == stop;
-    };
-    int at = first;
-    if (alike > 0) set(at, alike, most);
-    at += alike * most;
-    if (at < stop) set(at, 1, stop - at);
-    low -= blocks * each;
-    high -= blocks * each;
-    first_rank += padded_rank(rank);
-  }
-  parts.share_count[part] = count;
+  const auto set = [&](int index, int from, int steps, int taken) {
+    Share& share = parts.shares[part][index];
+    const int end = from + taken;
+    const int left = end == blocks ? last_block_ranks(bits, rank) : block_ranks(bits);
+    share.u = gemm.arena + fields[DW_BAND_U] + from * whole;
+    share.group_bytes = u_group_bytes(bits, rank);
+    share.steps = static_cast<uint16_t>(steps);
+    share.bytes = static_cast<uint16_t>((taken - 1) * whole + u_block_bytes(bits, left));
+    share.h_index = static_cast<uint16_t>(first_rank + from * block_ranks(bits));
+    share.blocks = static_cast<uint8_t>(taken);
+    share.quads = static_cast<uint8_t>(ceil_div(left, 4));
+    share.bits = static_cast<uint8_t>(bits);
+    share.band = static_cast<uint8_t>(band);
+    share.levels = levels;
+    share.last = from + steps * taken == stop;
+  };
+  if (alike > 0) set(share_end - shares, first, alike, most);
+  if (at < stop) set(share_end - 1, at, 1, stop - at);
+  if (band == DW_MAX_BANDS - 1) parts.share_count[part] = share_end;
 }
 
 }  // namespace expand

@@ -54,8 +54,8 @@ struct Hidden {
 // column on; bias += what they must lose.
 template <int kBits, bool kLevels, int kCount>
 __device__ __forceinline__ void multiply_blocks(const unsigned char* codes, int quads,
-                                                const __half* from, const __half* levels, float (&acc)[8][4],
-                                                float (&bias)[4]) {
+                                                const __half* from, const __half* levels,
+                                                float (&acc)[8][4], float (&bias)[4]) {
   const int lane = threadIdx.x % 32;
   const int quad = min(lane % 4, quads - 1), lane_at = lane / 4 * quads + quad;
   const int grid_at = u_code_bytes(kBits, 4 * quads) + 16 * quad;

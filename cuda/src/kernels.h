@@ -52,6 +52,7 @@ struct Gemm {
 dw_status check_launch(cudaError_t error, const char* what);
 int multiprocessors();
 int compute_major();
+int shared_bytes();  // of a multiprocessor
 int shared_bytes_a_block();
 // Of a grid of `all` blocks of threads, how many leave a product of the base beside it room.
 int64_t blocks_beside(int token_count, int64_t all);

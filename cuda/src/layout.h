@@ -146,7 +146,9 @@ DW_HD int tile_groups(int in_groups) {
 constexpr int kLoraTileGroups = 8;
 
 // Ranks of the workspace's intermediate, whatever bands a tenant has.
-DW_HD constexpr int intermediate_ranks(int max_rank) { return padded_rank(max_rank) + 16 * DW_MAX_BANDS; }
+DW_HD constexpr int intermediate_ranks(int max_rank) {
+  return padded_rank(max_rank) + 16 * DW_MAX_BANDS;
+}
 DW_HD int intermediate_blocks(int max_rank) { return intermediate_ranks(max_rank) / 8; }
 
 }  // namespace dw

@@ -46,7 +46,7 @@ constexpr int kTokens = 8;
 constexpr int kRanks = 16;  // of a block
 constexpr int kNotes = 2;
 constexpr int kBatch = 4;  // blocks of ranks whose sums are handed over together
-constexpr int kUnits = 4;   // of a batch
+constexpr int kUnits = 4;  // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
 constexpr int kCost = 320;  // of a batch: no step costs less than two
 constexpr int kSteps = kCost / 2 + kWarpGroups * kSegments;
@@ -317,8 +317,8 @@ struct Run {
       if (threadIdx.x == 0) {
         // A 16-bit block has eight ranks; zeros follow the last to the band's end.
         const int first = (block + i) * block_ranks(kBits), present = segment.rank - first;
-        const int written = present > block_ranks(kBits) ? block_ranks(kBits)
-                                                         : padded_rank(segment.rank) - first;
+        const int written =
+            present > block_ranks(kBits) ? block_ranks(kBits) : padded_rank(segment.rank) - first;
         sums.blocks[waiting + i] = {segment.h + first, segment.tokens, present, written};
       }
     }

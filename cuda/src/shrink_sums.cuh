@@ -85,9 +85,8 @@ struct Codes {
 // ranks. All are worked on together, so that no product waits for the one before it.
 template <int kBits, bool kLevels>
 __device__ __forceinline__ void add_groups(Columns::BlockSums (&acc)[blocks_a_step(kBits)],
-                                           const Codes& codes, const Place& place,
-                                           const Columns& x, int first,
-                                           const Losses& losses, const __half* levels) {
+                                           const Codes& codes, const Place& place, const Columns& x,
+                                           int first, const Losses& losses, const __half* levels) {
   constexpr int kRankBlocks = blocks_a_step(kBits), kCount = groups_a_step(kBits);
   const float4* bias = &losses.bias[first][threadIdx.x % 4];
   const float2* sum = &losses.sum[first][threadIdx.x % 4];
@@ -116,8 +115,7 @@ __device__ __forceinline__ void add_groups(Columns::BlockSums (&acc)[blocks_a_st
       for (int g = 0; g < kCount; ++g) {
         uint32_t a[4];
         fragment<kBits, kLevels>(a, words[b][g], f, levels);
-        const uint2 columns =
-            kCount == 1 && first > 0 ? x.columns(1, f) : x.columns(g, f);
+        const uint2 columns = kCount == 1 && first > 0 ? x.columns(1, f) : x.columns(g, f);
         multiply(product[b][g], a, columns.x, columns.y);
       }
     }
@@ -180,8 +178,8 @@ __device__ __forceinline__ float joined(const int (&parts)[kParts<kBits>][4], in
 template <int kBits, bool>
 __device__ __forceinline__ void add_groups(IntegerColumns::BlockSums (&acc)[blocks_a_step(kBits)],
                                            const Codes& codes, const Place& place,
-                                           const IntegerColumns& x, int first,
-                                           const Losses&, const __half*) {
+                                           const IntegerColumns& x, int first, const Losses&,
+                                           const __half*) {
   constexpr int kRankBlocks = blocks_a_step(kBits), kCount = groups_a_step(kBits);
 #pragma unroll
   for (int g = 0; g < kCount; ++g) {

@@ -136,6 +136,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
     case cudaDevAttrMultiProcessorCount:
       *value = emulation::kMultiprocessors;
       break;
+    case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+      *value = emulation::shared_bytes + 1024;
+      break;
     default:
       *value = emulation::shared_bytes;
   }
