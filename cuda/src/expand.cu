@@ -318,9 +318,11 @@ template <typename T>
 cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
+  const int items = gemm.token_count * groups;
   const bool fits = room_for_h<16, 1>(gemm) >= pitch_of(gemm.ranks);
-  if (fits && gemm.token_count * groups <= 64) return launch<T, 16, 1>(gemm, groups, stream);
-  if (gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);
+  if (fits && items <= 64) return launch<T, 16, 1>(gemm, groups, stream);
+  const bool few = gemm.token_count < 64 && items <= 16 * multiprocessors();
+  if (few || gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);
   if (gemm.token_count < 64) return launch<T, 4, 2>(gemm, groups, stream);
   return launch<T, 2, 4>(gemm, groups, stream);
 }
