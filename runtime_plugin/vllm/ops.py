@@ -67,7 +67,7 @@ def _linear(
 
     if z is not None and step.is_apart(len(x)):
         zs = z.split(list(widths), dim=1)
-        step.beside(base, lambda: step.add(x, zs, *layers, overwrite=True))
+        step.second_stream.beside(base, lambda: step.add(x, zs, *layers, overwrite=True))
     else:
         base()
         step.add(x, ys, *layers)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
@@ -11,6 +11,7 @@ import torch
 from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import Arena, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
+from deltaweave.runtime_plugin.pytorch.second_stream import SecondStream
 from numpy.typing import NDArray
 
 __all__ = ["Step"]
@@ -39,6 +40,7 @@ class Step:
         places: of a gate, those at which deltas may be experts.
         most_apart: the most tokens of a step whose deltas are computed beside the base's products, on a stream of their
             own, and written beside their outputs: who reads these adds both. Larger steps have them added in place.
+        second_stream: where they are.
         settings_rows: int32 [tokens], the same as rows of the arena's settings.
         apart_rows: int32 [tokens], the same as rows of deltas that lie beside the base's outputs; -1 for none.
         current: the process's step. Ops find it here: torch.compile sees them as functions of their arguments alone.
@@ -69,8 +71,7 @@ class Step:
         self._sampled_plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self._weights = torch.zeros(tokens, MAX_EXPERTS, dtype=torch.float32, device=device)
         self._sampled: int | None = 0
-        # A higher priority than the current stream's: measured better where few deltas run beside the base's products.
-        self._side = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self.second_stream = SecondStream(device)
         Step.current = self
 
     def choose(
@@ -141,19 +142,6 @@ class Step:
     def is_apart(self, tokens: int) -> bool:
         """Whether deltas of a step of so many tokens (those that fill a graph up, too) lie beside the base's y."""
         return self.active and tokens <= self.most_apart
-
-    def beside(self, base: Callable[[], object], deltas: Callable[[], None]) -> None:
-        """Both at the same time, the deltas on a stream of their own; the current stream waits for both."""
-        if self._side is None:
-            base()
-            deltas()
-            return
-        current = torch.cuda.current_stream(self._side.device)
-        self._side.wait_stream(current)
-        base()
-        with torch.cuda.stream(self._side):
-            deltas()
-        current.wait_stream(self._side)
 
     def add(
         self,
