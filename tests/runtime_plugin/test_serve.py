@@ -4,6 +4,7 @@
 import pytest
 import torch
 from deltaweave.runtime_plugin.pytorch import Arena, AttachError, OpError, attach
+from deltaweave.runtime_plugin.pytorch import serve as serving
 from family import Family, edit_config, load
 from helpers import FAMILIES, tiny_checkpoint
 from safetensors.torch import load_file, save_file
@@ -110,8 +111,10 @@ def test_rotary_embeddings_differ_by_row(tmp_path):
     check(family, family.arena())
 
 
-def test_attention_biases(tmp_path):
-    """Qwen2's q, k and v have biases, o has none; Llama may have them everywhere."""
+@pytest.mark.parametrize("captured", [False, True])
+def test_attention_biases(tmp_path, monkeypatch, captured):
+    """Qwen2's q, k and v have biases, o has none; Llama may have them everywhere. In a graph deltas are kept apart."""
+    monkeypatch.setattr(serving, "_is_captured", lambda x: captured)
     base = tiny_checkpoint(tmp_path / "base", dtype=torch.float32)
     edit_config(base, attention_bias=True, mlp_bias=True)
     generator = torch.Generator().manual_seed(0)
