@@ -27,6 +27,8 @@ TABLES_FILE = "tables.safetensors"
 TRUST = 2 / 3
 # Tokens per backward, which holds everything that a block computes.
 CHUNK_TOKENS = 2048
+# Projections decomposed ahead: a layer's backward pass takes as long as four eigenproblems, two of them at a time.
+DECOMPOSED_AHEAD = 4
 
 
 class Measurement:
@@ -97,7 +99,7 @@ class Measurement:
             return factors
 
         projections = (p for layer in layers for stage in self.plan.layers[layer] for p in stage)
-        return self.work.overlap.ahead(decompose, projections)
+        return self.work.overlap.ahead(decompose, projections, DECOMPOSED_AHEAD)
 
     def _layer_tables(
         self, layer: int, moments: LayerSensitivity | None, decompositions: Iterator[Factors | torch.Tensor]

@@ -23,8 +23,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-# Items made ahead at a time. An eigenproblem keeps a GPU waiting more than working, and two of them fill its gaps.
-AHEAD = 2
+# Threads that make items ahead. An eigenproblem keeps a GPU waiting more than working, and two of them fill its gaps.
+THREADS_AHEAD = 2
 
 
 class Overlap:
@@ -33,7 +33,7 @@ class Overlap:
     def __init__(self, prepare: Callable[[], object] | None) -> None:
         """Makes threads that each call `prepare` first; None makes none."""
         self._prepare, self._threads = prepare, ExitStack()
-        self._ahead, self._writer, self._aside = self._pool(AHEAD), self._pool(), self._pool()
+        self._ahead, self._writer, self._aside = self._pool(THREADS_AHEAD), self._pool(), self._pool()
         self._written: Future[None] | None = None
         self._writing = Lock()
 
@@ -51,15 +51,17 @@ class Overlap:
     def __exit__(self, *_: object) -> None:
         self._threads.close()
 
-    def ahead(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """`function` of every item, in their order, always `AHEAD` items ahead, each on a GPU stream of its thread.
+    def ahead(
+        self, function: Callable[[Item], Result], items: Iterable[Item], most: int = THREADS_AHEAD
+    ) -> Iterator[Result]:
+        """`function` of every item, in their order, up to `most` items ahead, each on a GPU stream of its thread.
 
         Tensors in what it returns must have been handed over, see `hand_over`.
         """
         if self._ahead is None:
             return map(function, items)
         waiting = iter(items)
-        begun = deque(self._ahead.submit(function, item) for item in islice(waiting, AHEAD))
+        begun = deque(self._ahead.submit(function, item) for item in islice(waiting, most))
         return self._results(self._ahead, function, waiting, begun)
 
     def aside(self, function: Callable[[], Result]) -> Callable[[], Result]:

@@ -269,7 +269,8 @@ def test_threads_beside_the_work_change_no_byte(pair, tmp_path, text, monkeypatc
             compress(*pair, tmp_path / "bad.safetensors", options(calibration=calibration), restart=True)
 
 
-def test_two_are_made_ahead_at_once_and_come_in_order():
+@pytest.mark.parametrize("most", [2, 5])
+def test_two_are_made_ahead_at_once_and_come_in_order(most):
     together = Barrier(2, timeout=10)
 
     def made(item):
@@ -278,7 +279,7 @@ def test_two_are_made_ahead_at_once_and_come_in_order():
         return item
 
     with Overlap(lambda: None) as overlap:
-        assert list(overlap.ahead(made, range(6))) == list(range(6))
+        assert list(overlap.ahead(made, range(6), most)) == list(range(6))
 
 
 def test_a_failed_write_behind_the_work_is_raised(pair, tmp_path, monkeypatch):
