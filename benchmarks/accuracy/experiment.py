@@ -53,8 +53,9 @@ CAVEAT = (
 CELLS = (
     ("triple", 16), ("corrected", 16), ("optimal", 16), ("corrected", 32), ("optimal", 32), ("triple", 32),
     ("low-rank", 16), ("bitdelta", 16), ("nearest", 16), ("optimal", 64), ("optimal", 8), ("triple", 8), ("triple", 64),
-    ("double", 16), ("single", 16), ("low-rank", 8), ("low-rank", 32), ("nearest", 32), ("double", 32), ("single", 32),
-    ("low-rank", 64), ("nearest", 8), ("double", 8), ("single", 8), ("nearest", 64), ("double", 64), ("single", 64),
+    ("corrected", 8), ("corrected", 64), ("low-rank", 8), ("low-rank", 32), ("nearest", 32), ("low-rank", 64),
+    ("nearest", 8), ("nearest", 64), ("double", 16), ("single", 16), ("double", 32), ("single", 32), ("double", 8),
+    ("single", 8), ("double", 64), ("single", 64),
 )  # fmt: skip
 ABLATIONS: dict[str, dict[str, Any]] = {
     "corrected, drift not corrected": {"correct_drift": False},
