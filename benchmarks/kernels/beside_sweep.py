@@ -175,7 +175,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.library.is_file():
         parser.error(f"{arguments.library}: no such library")
-    library, records, side = Library(arguments.library), drawn_records(), torch.cuda.Stream()
+    library, records, side = Library(arguments.library), drawn_records(), torch.cuda.Stream(priority=-1)
     with arguments.output.open("a") as lines:
         for count in arguments.tenants:
             tenants = tenants_of(library, count, records)
