@@ -111,10 +111,10 @@ def test_rotary_embeddings_differ_by_row(tmp_path):
     check(family, family.arena())
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_attention_biases(tmp_path, monkeypatch, captured):
-    """Qwen2's q, k and v have biases, o has none; Llama may have them everywhere. In a graph deltas are kept apart."""
-    monkeypatch.setattr(serving, "_is_captured", lambda x: captured)
+@pytest.mark.parametrize("apart", [False, True])
+def test_attention_biases(tmp_path, monkeypatch, apart):
+    """Qwen2's q, k and v have biases, o has none; Llama may have them everywhere. A GPU keeps few tokens' deltas apart."""
+    monkeypatch.setattr(serving, "_is_beside", lambda x: apart)
     base = tiny_checkpoint(tmp_path / "base", dtype=torch.float32)
     edit_config(base, attention_bias=True, mlp_bias=True)
     generator = torch.Generator().manual_seed(0)

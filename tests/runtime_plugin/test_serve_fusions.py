@@ -51,10 +51,10 @@ def test_each_row_is_computed_by_its_own(tmp_path, name):
     assert torch.equal(alone(family, None, TOKENS), base), "detaching leaves no hook behind"
 
 
-@pytest.mark.parametrize("captured", [False, True])
-def test_texts_are_those_written_alone(family, monkeypatch, captured):
-    """Also where deltas and experts are kept apart from the base's outputs, as in a graph."""
-    monkeypatch.setattr(serving, "_is_captured", lambda x: captured)
+@pytest.mark.parametrize("apart", [False, True])
+def test_texts_are_those_written_alone(family, monkeypatch, apart):
+    """Also where deltas and experts are kept apart from the base's outputs, as on a GPU."""
+    monkeypatch.setattr(serving, "_is_beside", lambda x: apart)
     tenants = ["three", "one", "joined", None, "eight", "two", "deltas"]
     requests = [Request(prompt, tenant, 8) for prompt, tenant in zip(PROMPTS, tenants, strict=True)]
     with (
