@@ -113,7 +113,7 @@ def test_rotary_embeddings_differ_by_row(tmp_path):
 
 @pytest.mark.parametrize("apart", [False, True])
 def test_attention_biases(tmp_path, monkeypatch, apart):
-    """Qwen2's q, k and v have biases, o has none; Llama may have them everywhere. A GPU keeps few tokens' deltas apart."""
+    """Qwen2's q, k and v have biases, o has none; Llama may have all. A GPU keeps few tokens' deltas apart."""
     monkeypatch.setattr(serving, "_is_beside", lambda x: apart)
     base = tiny_checkpoint(tmp_path / "base", dtype=torch.float32)
     edit_config(base, attention_bias=True, mlp_bias=True)
