@@ -125,10 +125,9 @@ typedef struct dw_record {
  * ------------------------------------------------------------------------------------------- */
 
 /* Fields of directory[parameter][slot]. Offsets are bytes from the arena's device address,
- * multiples of 256. A row of zeros is a slot that leaves the parameter at the base's. Parameters
- * that share a record have the same row. */
+ * multiples of 256; field 1 is 0. A row of zeros is a slot that leaves the parameter at the base's.
+ * Parameters that share a record have the same row. */
 #define DW_FIELD_BAND_COUNT 0
-#define DW_FIELD_ROW_COST 1    /* FACTORED, LORA: of all blocks of ranks, cost_of_block, layout.h */
 #define DW_FIELD_PADDED_RANK 2 /* FACTORED, LORA: ranks with every band padded to 16 */
 #define DW_FIELD_HEADER 3      /* offset of the payload; FACTORED, LORA, MIX: float[64], layout.h */
 #define DW_FIELD_SIGMA 4       /* FACTORED, LORA: offset of float[padded rank] */

@@ -262,6 +262,7 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, resident<kTeam, kTeams>)
   for (int item = items.first; item < items.last;) {
     Unit unit = unit_at(gemm, item, items.last, groups);
     item += unit.last - unit.first;
+    ask_for_bands(unit.row);
     if (!is_served(gemm, unit.row)) continue;
     list_shares(gemm, unit.row, shared.parts, shared.numbers);
     if (threadIdx.x / 32 == kTeam * kTeams - 1) read_header(gemm, unit, shared.numbers);

@@ -64,10 +64,6 @@ DW_HD constexpr int ceil_div(int value, int divisor) { return (value + divisor -
 // Ranks of a whole block.
 DW_HD constexpr int block_ranks(int bits) { return bits == 16 ? 8 : 16; }
 DW_HD constexpr int block_count(int bits, int rank) { return ceil_div(rank, block_ranks(bits)); }
-// What a block of ranks takes stage 1 in decode, about, in halves of one of 2 bits.
-DW_HD constexpr int cost_of_block(int bits, bool codebook) {
-  return codebook ? 8 : bits <= 2 ? 2 : bits <= 4 ? 3 : 6;
-}
 DW_HD constexpr int whole_block_bytes(int bits) { return bits == 16 ? 2048 : 256 * bits + 64; }
 
 // Bytes of a block's codes and of the block, for `ranks` present ranks.

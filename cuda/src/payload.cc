@@ -267,11 +267,7 @@ void directory_row(const dw_record& record, const dw_parameter& parameter, uint6
   for (int b = 0; b < record.band_count && !mix; ++b) {
     const dw_band& band = record.bands[b];
     int64_t* fields = row + DW_FIELD_BANDS + b * DW_BAND_FIELDS;
-    if (factored) {
-      row[DW_FIELD_ROW_COST] += block_count(band.bits, band.rank) *
-                                cost_of_block(band.bits, band.grid == DW_GRID_CODEBOOK);
-      row[DW_FIELD_PADDED_RANK] += padded_rank(band.rank);
-    }
+    if (factored) row[DW_FIELD_PADDED_RANK] += padded_rank(band.rank);
     fields[DW_BAND_SHAPE] = band.bits | band.grid << 8 | static_cast<int64_t>(band.rank) << 16;
     fields[DW_BAND_V] = offset + payload.bands[b].v;
     fields[DW_BAND_U] = factored ? offset + payload.bands[b].u : 0;

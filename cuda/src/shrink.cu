@@ -24,9 +24,9 @@
 // at minus what the biases contribute, D. D and S come from one more product a group, with the
 // biases in rows 0-7 and ones in rows 8-15, when x or the bit width changes.
 //
-// The launch's work, all blocks of ranks of every (tokens of one tenant, slice, tile), is cut into
-// runs of equal cost, one a block of threads; a run is worked off in batches whose steps are listed
-// first.
+// The launch's work is a unit for every (tokens of one tenant, slice, tile), all blocks of ranks of
+// each cut into quanta of equal cost. A block of threads takes an equal run of quanta, in batches
+// whose steps are listed first. Units count alike whatever they cost: nobody looks at all of them.
 #include "kernels.h"
 #include "ring.cuh"
 #include "shrink_sums.cuh"
@@ -48,13 +48,19 @@ constexpr int kNotes = 2;
 constexpr int kBatch = 4;  // blocks of ranks whose sums are handed over together
 constexpr int kUnits = 4;  // of a batch
 constexpr int kSegments = kUnits * DW_MAX_BANDS;
-constexpr int kCost = 320;  // of a batch: no step costs less than two
+constexpr int kQuanta = 1024;  // of a unit, whatever it costs
+constexpr int kCost = 320;     // of a batch: no step costs less than two
 constexpr int kSteps = kCost / 2 + kWarpGroups * kSegments;
 
 static_assert(4 * whole_block_bytes(2) * kTeam <= kStageBytes &&
                   2 * whole_block_bytes(4) * kTeam <= kStageBytes &&
                   kMaxBlockBytes * kTeam <= kStageBytes,
               "every step fits a stage");
+
+// What a block of ranks costs, in halves of one of 2 bits.
+DW_HD constexpr int cost_of(int bits, bool codebook) {
+  return codebook ? 8 : bits <= 2 ? 2 : bits <= 4 ? 3 : 6;
+}
 
 // Consecutive blocks of ranks of one band, for one chunk of tokens, slice and tile.
 struct Segment {
@@ -102,7 +108,7 @@ struct Shared {
   Step steps[kSteps];
   Segment segments[kSegments];
   int segment_count, step_count;
-  int most;
+  int batch_end;
   WarpOnly own[kTeam];
   Notes<kNotes, 1, kTeam> notes;
   Sums sums[kNotes];
@@ -110,25 +116,27 @@ struct Shared {
 
 static_assert(sizeof(Shared) <= 99 << 10, "what a block of threads may have on sm_89 and sm_120");
 
-// Warp 0 lists the segments of `range`, which lies within kUnits units from `unit`: a lane a (unit,
-// band). A block belongs to the range in which its cost begins.
-__device__ __forceinline__ void list_segments(const Gemm& gemm, Interval range, int unit, int most,
-                                              Shared& shared) {
+// Warp 0 lists the segments of the batch that begins a range of quanta: a lane a (unit, band). A
+// block belongs to the batch in which its cost begins.
+__device__ __forceinline__ void list_segments(const Gemm& gemm, Interval range, Shared& shared) {
   const int lane = threadIdx.x, band = lane % DW_MAX_BANDS;
-  const int own = unit + lane / DW_MAX_BANDS;
+  const int unit = range.first / kQuanta, own = unit + lane / DW_MAX_BANDS;
   Segment segment = {};
   int blocks = 0, padded = 0, each = 1;
   const int64_t* row = nullptr;
-  if (own * most < range.last) {
+  if (own * kQuanta < range.last) {
     row = row_of(gemm, own / gemm.tiles);
-    if (is_served(gemm, row)) {
-      const int64_t shape = row[DW_FIELD_BANDS + band * DW_BAND_FIELDS + DW_BAND_SHAPE];
+    ask_for_bands(row);
+    const int64_t loaded = band_shape(row, band);
+    // Both loads are under way before one of them is looked at.
+    const int64_t shape = is_served(gemm, row) ? loaded : 0;
+    if (shape != 0) {
       segment.bits = band_bits(shape);
       segment.rank = band_rank(shape);
       segment.codebook = band_grid(shape) == DW_GRID_CODEBOOK;
       if (segment.rank > 0) blocks = block_count(segment.bits, segment.rank);
       padded = padded_rank(segment.rank);
-      each = cost_of_block(segment.bits, segment.codebook);
+      each = cost_of(segment.bits, segment.codebook);
     }
   }
   int cost_start = blocks * each, rank_start = padded;  // inclusive sums over the bands
@@ -141,11 +149,17 @@ __device__ __forceinline__ void list_segments(const Gemm& gemm, Interval range, 
       rank_start += more_ranks;
     }
   }
+  const int cost = __shfl_sync(0xffffffffu, cost_start, lane | (DW_MAX_BANDS - 1));
   cost_start -= blocks * each;
   rank_start -= padded;
-  const int from = own * most + cost_start;
-  segment.first = ceil_div(max(range.first - from, 0), each);
-  segment.last = min(ceil_div(max(range.last - from, 0), each), blocks);
+  const int most = max(1, static_cast<int>(__reduce_max_sync(0xffffffffu, cost)));
+  const int end =
+      min(min(range.last, (unit + kUnits) * kQuanta), range.first + max(1, kCost * kQuanta / most));
+  const auto cost_at = [&](int quantum) {
+    return min(max(quantum - own * kQuanta, 0), kQuanta) * cost / kQuanta - cost_start;
+  };
+  segment.first = ceil_div(max(cost_at(range.first), 0), each);
+  segment.last = min(ceil_div(max(cost_at(end), 0), each), blocks);
   const bool valid = segment.first < segment.last;
   segment.tile = own % gemm.tiles;
   segment.first_group = segment.tile * gemm.tile_groups;
@@ -166,6 +180,7 @@ __device__ __forceinline__ void list_segments(const Gemm& gemm, Interval range, 
   const unsigned all = __ballot_sync(0xffffffffu, valid);
   if (lane == 0) shared.segment_count = __popc(all);
   if (lane == 31) shared.step_count = stop;
+  if (lane == 0) shared.batch_end = end;
   if (!valid) return;
   const int pair = own / gemm.tiles, slice = pair % gemm.slice_count;
   const int4 chunk = chunk_of(gemm, pair / gemm.slice_count);
@@ -367,23 +382,19 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     shared.stages.initialize();
     shared.notes.initialize();
   }
-  const int most = most_cost(gemm, &shared.most);
-  // Units are counted as if all cost the most.
-  const Interval range = own_pieces(chunk_count(gemm) * gemm.slice_count * gemm.tiles * most);
+  const Interval range = own_pieces(chunk_count(gemm) * gemm.slice_count * gemm.tiles * kQuanta);
   Run<T> run(gemm, shared);
   bool waited = false;
   for (int first = range.first; first < range.last;) {
-    const int unit = first / most;
-    const Interval batch = {first, min(min(range.last, first + kCost), (unit + kUnits) * most)};
-    if (threadIdx.x < 32) list_segments(gemm, batch, unit, most, shared);
+    if (threadIdx.x < 32) list_segments(gemm, {first, range.last}, shared);
     __syncthreads();
+    first = shared.batch_end;
     list_steps(gemm, shared);
     __syncthreads();
     run.begin_batch();
     if (!waited) begin_writing(gemm);
     waited = true;
     run.run_batch();
-    first = batch.last;
   }
   if (!waited) begin_writing(gemm);
 }

@@ -54,6 +54,14 @@ __device__ __forceinline__ const int64_t* row_of(const Gemm& gemm, int pair) {
   return directory_row(gemm, gemm.slices[pair % gemm.slice_count].projection, slot);
 }
 
+// The bands' fields lie in other lines than the row's kind, which is looked at first.
+__device__ __forceinline__ void ask_for_bands(const int64_t* row) {
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS));
+}
+__device__ __forceinline__ int64_t band_shape(const int64_t* row, int band) {
+  return row[DW_FIELD_BANDS + band * DW_BAND_FIELDS + DW_BAND_SHAPE];
+}
+
 // Whether the call adds a record's terms.
 __device__ __forceinline__ bool is_served(const Gemm& gemm, const int64_t* row) {
   return row[DW_FIELD_KIND] == gemm.record + 1;
@@ -111,25 +119,6 @@ __device__ __forceinline__ Interval own_pieces(int count) {
             more = count - each * blocks;
   const int first = own * each + min(own, more);
   return {first, first + each + (own < more)};
-}
-
-// The most that any (chunk, slice) costs stage 1; all threads of a block call it.
-__device__ __forceinline__ int most_cost(const Gemm& gemm, int* shared_most) {
-  if (threadIdx.x == 0) *shared_most = 0;
-  __syncthreads();
-  const int pairs = chunk_count(gemm) * gemm.slice_count;
-  int own = 0;
-  for (int pair = threadIdx.x; pair < pairs; pair += blockDim.x) {
-    const int64_t* row = row_of(gemm, pair);
-    // The bands' fields are read next, and lie in other lines.
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS));
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(row + DW_FIELD_BANDS + 16));
-    if (is_served(gemm, row)) own = max(own, static_cast<int>(row[DW_FIELD_ROW_COST]));
-  }
-  own = __reduce_max_sync(0xffffffffu, own);
-  if (threadIdx.x % 32 == 0) atomicMax(shared_most, own);
-  __syncthreads();
-  return *shared_most;
 }
 
 template <typename T>

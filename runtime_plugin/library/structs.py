@@ -64,7 +64,6 @@ class Field(IntEnum):
     """Places in a row of the directory. KIND holds a `RecordKind` plus 1; BANDS is the first band's first field."""
 
     BAND_COUNT = 0
-    ROW_COST = 1
     PADDED_RANK = 2
     HEADER = 3
     SIGMA = 4
