@@ -8,16 +8,17 @@
 // Roofline: bytes, as in stage 1; y is 2 * out bytes a token.
 //
 // Work item = (chunk of one tenant's tokens, slice, group of 128 out_features), all ranks. A block
-// of threads takes a run of consecutive items. For each (chunk, slice) it first makes h ready in
-// shared memory: the tiles' sum times sigma as fp16, times a power of two a token so that the
-// largest becomes 2^7; U^'s scales are stored so that the largest is 2^6, and no product overflows
-// or loses bits that matter. The scale varies along the reduction but is one number a (rank,
-// group), so it goes into h: h' = h * scale. Outputs are the 16-row operand, tokens the 8 columns;
-// a block of 16 ranks feeds eight products, one for every 16 outputs (product f: outputs 2f, 2f + 1
-// of every 16).
+// of threads takes a run of consecutive items. For each (chunk, slice) its warps first make h ready
+// in shared memory, each for its own part of the ranks: the tiles' sum times sigma as fp16, times a
+// power of two a token and part so that the largest becomes 2^7; U^'s scales are stored so that the
+// largest is 2^6, and no product overflows or loses bits that matter. The scale varies along the
+// reduction but is one number a (rank, group), so it goes into h: h' = h * scale. Outputs are the
+// 16-row operand, tokens the 8 columns; a block of 16 ranks feeds eight products, one for every 16
+// outputs (product f: outputs 2f, 2f + 1 of every 16).
 //
 // Chunks of up to kFewTokens tokens are multiplied as integers (fragment.cuh), two blocks at a
-// time: h' = hi + lo / 254, for which h has a factor a band instead of the power of two, and
+// time: h' = hi + lo / 254, for which h has a factor a part and band instead of the power of two,
+// and
 //
 //     y[16q + 2f + i] = 2^-e * sum over bands (sum code * h' - Z) / factor,   Z = sum zero * h'
 //
