@@ -9,6 +9,10 @@ import torch
 
 __all__ = ["SecondStream"]
 
+# Tokens whose deltas are no more urgent than the base's product, by measurement (cuda/NOTES.md): their kernels leave
+# room beside it, and are long. Fewer, and more, are faster with a higher priority than the current stream has.
+EQUAL = range(8, 16)
+
 
 class SecondStream:
     """A GPU's stream beside the current one, for CUDA graphs.
@@ -17,18 +21,21 @@ class SecondStream:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Of a higher priority than others: measured better where few deltas run beside a large product."""
-        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        """Nothing for a CPU."""
+        self._streams = (
+            [torch.cuda.Stream(device, priority=-urgent) for urgent in (0, 1)] if device.type == "cuda" else []
+        )
 
-    def beside(self, base: Callable[[], object], deltas: Callable[[], object]) -> None:
-        """Both at the same time, the deltas on this stream; the current one waits for both."""
-        if self._stream is None or not torch.cuda.is_current_stream_capturing():
+    def beside(self, tokens: int, base: Callable[[], object], deltas: Callable[[], object]) -> None:
+        """The base's product and deltas of so many tokens at the same time; the current stream waits for both."""
+        if not self._streams or not torch.cuda.is_current_stream_capturing():
             base()
             deltas()
             return
-        current = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(current)
+        stream = self._streams[tokens not in EQUAL]
+        current = torch.cuda.current_stream(stream.device)
+        stream.wait_stream(current)
         base()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(stream):
             deltas()
-        current.wait_stream(self._stream)
+        current.wait_stream(stream)

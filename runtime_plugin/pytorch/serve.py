@@ -213,7 +213,7 @@ class ServedLinears:
             self._step.delta_gemm(x, zs, self._weights, overwrite=True)
             self._step.fusions(x, zs, self._weights)
 
-        self._step.second_stream.beside(base, deltas)
+        self._step.second_stream.beside(len(x), base, deltas)
         y += z
         return ys
 

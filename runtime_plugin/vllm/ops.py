@@ -5,8 +5,8 @@
     weigh  (x, normed!, gate)             the weights of a block's experts, from its input
     linear (x, y!, z!, weight, bias, directory, ...)
                                           a fused layer's outputs: the base's (without its weight, y has them), deltas,
-                                          weighed experts and biases; with a z, `Step.is_apart` says whether deltas and
-                                          experts are written there
+                                          weighed experts and biases; of a step whose deltas lie apart, deltas and
+                                          experts are in the first rows of z, if there is one
 
 They are made of `torch.ops.deltaweave.*` and know the arena and the step's slots through `Step.current`. `directory`
 has the rows of the layer's own parameters, so that layers of one kind have one graph, whose compilation they share.
@@ -65,9 +65,12 @@ def _linear(
         if weight is not None:
             torch.mm(x, weight.t(), out=y)
 
-    if z is not None and step.is_apart(len(x)):
-        zs = z.split(list(widths), dim=1)
-        step.second_stream.beside(base, lambda: step.add(x, zs, *layers, overwrite=True))
+    if step.is_apart(len(x)):
+        own = torch.empty_like(y) if z is None else z[: len(x)]
+        zs = own.split(list(widths), dim=1)
+        step.second_stream.beside(len(x), base, lambda: step.add(x, zs, *layers, overwrite=True))
+        if z is None:
+            y += own
     else:
         base()
         step.add(x, ys, *layers)

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 __all__ = ["Step"]
 
 # Rows of the table of slots: of the step's tokens, of those that are sampled, of the tokens in `SlotSettings` (where
-# the base has the last row), of the tokens in the deltas that lie beside the base's outputs, and one for each place of
-# a gate.
+# the base has the last row), one that says in its first place whether deltas lie apart, and one for each place of a
+# gate.
 TOKENS, SAMPLED, SETTINGS, APART, EXPERTS = range(5)
+# Tokens of a step whose deltas lie apart.
 MOST_APART = 32
 
 
@@ -38,11 +39,11 @@ class Step:
         rehearses_fusions: whether stand-ins of the warm-up step to come are fusions.
         fusions: whether tenants may be fusions.
         places: of a gate, those at which deltas may be experts.
-        most_apart: the most tokens of a step whose deltas are computed beside the base's products, on a stream of their
-            own, and written beside their outputs: who reads these adds both. Larger steps have them added in place.
-        second_stream: where they are.
+        most_apart: the most tokens of a step whose deltas are computed beside the base's products and written apart
+            from their outputs, at most MOST_APART: who reads these adds both. Larger steps have them added in place.
+        second_stream: of the deltas that lie apart.
         settings_rows: int32 [tokens], the same as rows of the arena's settings.
-        apart_rows: int32 [tokens], the same as rows of deltas that lie beside the base's outputs; -1 for none.
+        apart: int32 [1], whether the deltas of the step that runs lie apart; read by its kernels.
         current: the process's step. Ops find it here: torch.compile sees them as functions of their arguments alone.
     """
 
@@ -64,7 +65,7 @@ class Step:
         self.fusions = fusions
         self.places = range(delta_experts if fusions else 0)
         self._rows = torch.full((EXPERTS + len(self.places), tokens), -1, dtype=torch.int32, device=device)
-        self.slots, self.settings_rows, self.apart_rows = (self._rows[row] for row in (TOKENS, SETTINGS, APART))
+        self.slots, self.settings_rows, self.apart = self._rows[TOKENS], self._rows[SETTINGS], self._rows[APART, :1]
         parts = -(-tokens // MAX_TOKENS)
         ints = native_library().plan_bytes(min(tokens, MAX_TOKENS)) // 4
         self._plans = torch.zeros(1 + len(self.places), parts, ints, dtype=torch.int32, device=device)
@@ -98,8 +99,8 @@ class Step:
         ):
             rows[place, : len(values)] = values
         rows[SETTINGS] = np.where(rows[TOKENS] < 0, self.arena.directory.shape[1], rows[TOKENS])
-        rows[APART] = np.where(rows[TOKENS] < 0, -1, np.arange(rows.shape[1]))
         self.active = bool((rows[TOKENS] >= 0).any())
+        rows[APART] = self.active
         self.fused, self.own_logits = self.active and fused, self.active and own_logits
         self._sampled = len(sampled)
         table = torch.from_numpy(rows)
@@ -120,7 +121,7 @@ class Step:
         if not self.active:
             return
         if not self.is_apart(tokens):
-            self.apart_rows[:tokens] = -1
+            self.apart.zero_()
         count = self.arena.directory.shape[1]
         for number, part in enumerate(self.parts(tokens)):
             ops.plan(self.slots[part], count, self._plans[0, number])
@@ -140,7 +141,7 @@ class Step:
             ops.gate(self.arena.buffer, directory, self.slots[part], x[part], 0, self._weights[part])
 
     def is_apart(self, tokens: int) -> bool:
-        """Whether deltas of a step of so many tokens (those that fill a graph up, too) lie beside the base's y."""
+        """Whether deltas of a step of so many tokens (those that fill a graph up, too) lie apart from the base's y."""
         return self.active and tokens <= self.most_apart
 
     def add(

@@ -149,14 +149,16 @@ def test_fusions(tmp_path, ranks):
     check(server, ["three", "deltas", "one", "fixed"], lambda name, tokens: alone(family, name, tokens), FUSED)
 
 
-@pytest.mark.parametrize("most", [sum(LENGTHS), sum(LENGTHS) - 1], ids=["beside", "in place"])
-def test_deltas_beside_the_outputs(tmp_path, monkeypatch, most):
-    """As compiled, step after step: whoever reads the outputs adds what lies beside them, if it is this step's."""
+@pytest.mark.parametrize("most", [sum(LENGTHS), sum(LENGTHS) - 1], ids=["apart", "in place"])
+def test_deltas_apart_from_the_outputs(tmp_path, monkeypatch, most):
+    """As compiled, step after step: whoever reads the outputs adds what lies apart, if it is this step's."""
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     family = make(tmp_path)
     server = Server(family, 2, delta_experts=2, capacity=32 << 20)
-    poisoned = torch.full_like
-    monkeypatch.setattr(torch, "empty_like", lambda like, **more: poisoned(like, torch.nan, **more))
+    poison = {True: torch.nan, False: 99}
+    monkeypatch.setattr(
+        torch.Tensor, "new_empty", lambda like, *shape: like.new_full(shape, poison[like.is_floating_point()])
+    )
     for step in server.steps:
         step.most_apart = most
     for name in ("three", "deltas"):
