@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel GPUs of vLLM")
+    parser.add_argument("--sequences", type=int, default=64, help="most at a time in vLLM; up to 32, deltas lie apart")
     parser.add_argument("--limit", type=float, default=240, help="seconds that each process may take")
     parser.add_argument("--together", action="store_true", help="all processes at once, where memory allows")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -83,7 +84,7 @@ def main() -> None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {**circumstances(device), "tokens": arguments.tokens, "rows": rows}
+    results = {**circumstances(device), "tokens": arguments.tokens, "sequences": arguments.sequences, "rows": rows}
     write_result(arguments.output, results)
     print(json.dumps(rows, indent=1))
 
@@ -94,6 +95,7 @@ def part(arguments: argparse.Namespace, name: str) -> Any:
     command = ["timeout", "-k", "5", str(arguments.limit), sys.executable, __file__]
     command += ["--base", str(arguments.base), "--family", str(arguments.family.folder)]
     command += ["--tokens", str(arguments.tokens), "--ranks", str(arguments.ranks), "--part", name]
+    command += ["--sequences", str(arguments.sequences)]
     command += ["--output", str(output)]
     output.unlink(missing_ok=True)
     done = subprocess.run(command, check=False)
@@ -171,7 +173,7 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
         max_loras=4,
         max_cpu_loras=8,
         max_model_len=512,
-        max_num_seqs=64,
+        max_num_seqs=arguments.sequences,
         kv_cache_memory_bytes=1 << 29,
         gpu_memory_utilization=0.02,
         tensor_parallel_size=arguments.ranks,
