@@ -29,6 +29,7 @@ import delta_gemm
 import numpy as np
 import torch
 from deltaweave.runtime_plugin.library import Library
+from deltaweave.runtime_plugin.pytorch.second_stream import SecondStream
 from device_arena import Step
 from factored_records import RandomRecord
 from prefill_sweep import Records, expected_rows
@@ -61,46 +62,36 @@ class Product:
         self.expand(self.into_z)
 
 
-def beside(side: torch.cuda.Stream, work: Callable[[], None], base: Callable[[], None]) -> None:
-    """`work` on the other stream at the same time as `base` on this one; this one waits for both."""
-    main = torch.cuda.current_stream()
-    side.wait_stream(main)
-    base()
-    with torch.cuda.stream(side):
-        work()
-    main.wait_stream(side)
-
-
-def base(product: Product, side: torch.cuda.Stream) -> None:
+def base(product: Product, second: SecondStream) -> None:
     product.base()
     torch.mul(product.y, 1, out=product.read)
 
 
-def one_stream(product: Product, side: torch.cuda.Stream) -> None:
+def one_stream(product: Product, second: SecondStream) -> None:
     product.base()
     product.shrink(product.into_y)
     product.expand(product.into_y)
     torch.mul(product.y, 1, out=product.read)
 
 
-def stage_1_beside(product: Product, side: torch.cuda.Stream) -> None:
-    beside(side, partial(product.shrink, product.into_y), product.base)
+def stage_1_beside(product: Product, second: SecondStream) -> None:
+    second.beside(len(product.x), product.base, partial(product.shrink, product.into_y))
     product.expand(product.into_y)
     torch.mul(product.y, 1, out=product.read)
 
 
-def both_beside(product: Product, side: torch.cuda.Stream) -> None:
-    beside(side, product.delta, product.base)
+def both_beside(product: Product, second: SecondStream) -> None:
+    second.beside(len(product.x), product.base, product.delta)
     torch.add(product.y, product.z, out=product.read)
 
 
-def both_beside_and_added(product: Product, side: torch.cuda.Stream) -> None:
-    beside(side, product.delta, product.base)
+def both_beside_and_added(product: Product, second: SecondStream) -> None:
+    second.beside(len(product.x), product.base, product.delta)
     product.y.add_(product.z)
     torch.mul(product.y, 1, out=product.read)
 
 
-LAYOUTS: dict[str, Callable[[Product, torch.cuda.Stream], None]] = {
+LAYOUTS: dict[str, Callable[[Product, SecondStream], None]] = {
     "base": base,
     "one stream": one_stream,
     "stage 1 beside": stage_1_beside,
@@ -129,26 +120,26 @@ def products_of(
     return [list(layer) for layer in zip(*groups, strict=True)]
 
 
-def errors(layer: list[Product], records: Records, layout: str, side: torch.cuda.Stream) -> float:
+def errors(layer: list[Product], records: Records, layout: str, second: SecondStream) -> float:
     """The largest error of a layer's sums, over the size of the delta."""
     worst = 0.0
     for product, (features, slices) in zip(layer, delta_gemm.GROUPS.values(), strict=True):
         product.y.fill_(float("nan"))
         product.z.fill_(float("nan"))
-        LAYOUTS[layout](product, side)
+        LAYOUTS[layout](product, second)
         delta = torch.cat([expected_rows(records[out, features], product.x) for out, _ in slices], dim=1)
         expected = product.x.double() @ product.weight.double().T + delta
         worst = max(worst, float((product.read.double() - expected).norm() / delta.norm()))
     return worst
 
 
-def step_ms(layers: list[list[Product]], layout: str, side: torch.cuda.Stream) -> float:
+def step_ms(layers: list[list[Product]], layout: str, second: SecondStream) -> float:
     """Of 32 layers in one graph; layers come again where there are fewer."""
 
     def work() -> None:
         for number in range(delta_gemm.LAYERS):
             for product in layers[number % len(layers)]:
-                LAYOUTS[layout](product, side)
+                LAYOUTS[layout](product, second)
 
     return delta_gemm.median_ms(work)
 
@@ -175,15 +166,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.library.is_file():
         parser.error(f"{arguments.library}: no such library")
-    library, records, side = Library(arguments.library), drawn_records(), torch.cuda.Stream(priority=-1)
+    library, records, second = Library(arguments.library), drawn_records(), SecondStream(torch.device("cuda"))
     with arguments.output.open("a") as lines:
         for count in arguments.tenants:
             tenants = tenants_of(library, count, records)
             step = Step(tenants.arena, torch.arange(count, dtype=torch.int32))
             step.make_plan()
             layers = products_of(library, tenants, step, count, getattr(torch, arguments.dtype))
-            error = max(errors(layers[0], records, layout, side) for layout in LAYOUTS if layout != "base")
-            times = {layout: round(step_ms(layers, layout, side), 4) for layout in LAYOUTS}
+            error = max(errors(layers[0], records, layout, second) for layout in LAYOUTS if layout != "base")
+            times = {layout: round(step_ms(layers, layout, second), 4) for layout in LAYOUTS}
             row = {"tenants": count, "dtype": arguments.dtype, "ms": times, "error_over_delta": error}
             print(json.dumps(row), file=lines, flush=True)
             print(json.dumps(row), flush=True)
