@@ -66,7 +66,9 @@ __device__ __forceinline__ void multiply_blocks(const unsigned char* codes, int 
     const unsigned char* block = codes + m * whole_block_bytes(kBits);
     uint32_t words[2 * kBits];
     load_words<kBits>(words, block, lane_at, 8 * quads);
-    uint2 b = *reinterpret_cast<const uint2*>(from + m * block_ranks(kBits));
+    // Absent ranks are those of the next block, which another warp may be making ready.
+    const __half* present = from + m * block_ranks(kBits) + 4 * (quad - lane % 4);
+    uint2 b = *reinterpret_cast<const uint2*>(present);
     if (kCount == 1 && lane % 4 >= quads) b = make_uint2(0, 0);
     uint32_t a[4];
     if constexpr (kBits != 16) {
