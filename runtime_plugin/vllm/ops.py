@@ -76,9 +76,9 @@ def _linear(
         step.add(x, ys, *layers)
     if bias is None:
         return
-    base = bias.split(list(widths))
+    shared = bias.split(list(widths))
     for part in step.parts(len(x)):
-        ops.add_bias(step.arena.buffer, directory, step.slots[part], [piece[part] for piece in ys], base, biases)
+        ops.add_bias(step.arena.buffer, directory, step.slots[part], [piece[part] for piece in ys], shared, biases)
 
 
 def _fake_embed(ids: torch.Tensor, table: torch.Tensor, directory: torch.Tensor) -> torch.Tensor:
