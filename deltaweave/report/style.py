@@ -42,6 +42,7 @@ COLOURS = {
     "series-5": ("#b07d00", "#f0c04a"),
     "series-6": ("#5a4fcf", "#a79dff"),
     "series-7": ("#6b6f76", "#b9bec6"),
+    "series-8": ("#000000", "#ffffff"),
     "bits-16": ("#3b1f5e", "#c9a8f0"),
     "bits-8": ("#1f4e8c", "#6aa5ea"),
     "bits-4": ("#1b7f8c", "#45c1cf"),
@@ -49,7 +50,7 @@ COLOURS = {
     "bits-2": ("#c2a11e", "#e6c84a"),
     "bits-1": ("#b5651d", "#e69a55"),
 }
-MARKERS = "oDs^vPX"
+MARKERS = "oDs^vPX*"
 BITS = (16, 8, 4, 3, 2, 1)
 SERIES = sum(name.startswith("series") for name in COLOURS)
 # Ids of matplotlib's groups are of no use in a page, and several drawings would repeat them.
