@@ -299,7 +299,7 @@ DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
 /* The same in two calls with the same arguments: dw_delta_shrink reads x, and may have y NULL where
  * it is not overwritten; dw_delta_expand adds to y, and needs the workspace as the first left it.
- * Not for prefill. */
+ * Not for prefill. For measuring a stage alone, and for what must lie between the two. */
 DW_API dw_status dw_delta_shrink(const dw_gemm* args, void* stream);
 DW_API dw_status dw_delta_expand(const dw_gemm* args, void* stream);
 

@@ -7,11 +7,13 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["SecondStream"]
+__all__ = ["MOST_BESIDE", "SecondStream"]
 
+# The most tokens of a step whose deltas are computed beside the base's products: with more the two hardly overlap.
+MOST_BESIDE = 32
 # Tokens whose deltas are no more urgent than the base's product, by measurement (cuda/NOTES.md): their kernels leave
 # room beside it, and are long. Fewer, and more, are faster with a higher priority than the current stream has.
-EQUAL = range(8, 16)
+EQUAL_PRIORITY = range(8, 16)
 
 
 class SecondStream:
@@ -32,7 +34,7 @@ class SecondStream:
             base()
             deltas()
             return
-        stream = self._streams[tokens not in EQUAL]
+        stream = self._streams[tokens not in EQUAL_PRIORITY]
         current = torch.cuda.current_stream(stream.device)
         stream.wait_stream(current)
         base()

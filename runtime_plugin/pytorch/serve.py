@@ -21,7 +21,7 @@ from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import ops
 from deltaweave.runtime_plugin.pytorch.arena import Arena, FusionWork
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.second_stream import SecondStream
+from deltaweave.runtime_plugin.pytorch.second_stream import MOST_BESIDE, SecondStream
 from deltaweave.runtime_plugin.pytorch.swaps import Attachment, Swap
 from deltaweave.runtime_plugin.tables import EMBEDDING, HEAD
 from torch import nn
@@ -32,8 +32,6 @@ __all__ = ["ServingAttachment", "serve"]
 
 # Layers of one parent that read the same input.
 FUSED = [("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")]
-# The most tokens of a step whose deltas are computed beside the base's products.
-MOST_BESIDE = 32
 
 
 class StepSlots:

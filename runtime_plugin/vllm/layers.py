@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from deltaweave.runtime_plugin.fit import LENGTH_DEPENDENT, AttachError
+from deltaweave.runtime_plugin.pytorch.second_stream import MOST_BESIDE
 from deltaweave.runtime_plugin.tables import BLOCKS, EMBEDDING, HEAD
 from deltaweave.runtime_plugin.vllm import ops
-from deltaweave.runtime_plugin.vllm.step import MOST_APART, Step
+from deltaweave.runtime_plugin.vllm.step import Step
 from deltaweave.runtime_plugin.vllm.table import RankTable
 from torch import nn
 
@@ -66,7 +67,7 @@ class ServedLinear:
             return y
         # torch.compile makes the sum part of the kernel that reads it. Tokens of large steps, whose deltas are in y,
         # read the same few rows in vain: from the cache, where a z as large as y would cost time.
-        z, rows = y.new_empty(MOST_APART, y.shape[1]), torch.arange(y.shape[0], device=y.device) % MOST_APART
+        z, rows = y.new_empty(MOST_BESIDE, y.shape[1]), torch.arange(y.shape[0], device=y.device) % MOST_BESIDE
         ops.linear(x, y, z, weight, bias, *own)
         return y + torch.where(self.apart > 0, z[rows], 0)
 

@@ -11,7 +11,7 @@ import torch
 from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import Arena, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.second_stream import SecondStream
+from deltaweave.runtime_plugin.pytorch.second_stream import MOST_BESIDE, SecondStream
 from numpy.typing import NDArray
 
 __all__ = ["Step"]
@@ -20,8 +20,6 @@ __all__ = ["Step"]
 # the base has the last row), one that says in its first place whether deltas lie apart, and one for each place of a
 # gate.
 TOKENS, SAMPLED, SETTINGS, APART, EXPERTS = range(5)
-# Tokens of a step whose deltas lie apart.
-MOST_APART = 32
 
 
 class Step:
@@ -40,7 +38,7 @@ class Step:
         fusions: whether tenants may be fusions.
         places: of a gate, those at which deltas may be experts.
         most_apart: the most tokens of a step whose deltas are computed beside the base's products and written apart
-            from their outputs, at most MOST_APART: who reads these adds both. Larger steps have them added in place.
+            from their outputs, at most MOST_BESIDE: who reads these adds both. Larger steps have them added in place.
         second_stream: of the deltas that lie apart.
         settings_rows: int32 [tokens], the same as rows of the arena's settings.
         apart: int32 [1], whether the deltas of the step that runs lie apart; read by its kernels.
@@ -60,7 +58,7 @@ class Step:
         """
         device = arena.buffer.device
         self.arena = arena
-        self.most_apart = MOST_APART
+        self.most_apart = MOST_BESIDE
         self.active = self.fused = self.own_logits = self.rehearses_fusions = False
         self.fusions = fusions
         self.places = range(delta_experts if fusions else 0)
