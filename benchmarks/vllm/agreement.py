@@ -51,7 +51,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel GPUs of vLLM")
-    parser.add_argument("--sequences", type=int, default=64, help="most at a time in vLLM; up to 32, deltas lie apart")
+    parser.add_argument(
+        "--sequences",
+        type=int,
+        default=64,
+        help="most at a time in vLLM; 8: base and deltas in one call",
+    )
     parser.add_argument("--limit", type=float, default=240, help="seconds that each process may take")
     parser.add_argument("--together", action="store_true", help="all processes at once, where memory allows")
     parser.add_argument("--part", help=argparse.SUPPRESS)

@@ -114,11 +114,10 @@ def measure(arguments: argparse.Namespace, server: str) -> None:
             return
         for place, milliseconds in cold(llm, adapters, source):
             notes.add(server, first_token_ms={place: milliseconds})
-        for name, change in (("one_stream", on_one_stream), ("fusions", beside_a_fusion)):
-            llm.collective_rpc(change)
-            steps(llm, adapters, notes, name)
-            if one_gpu:
-                trace(llm, adapters, notes, name)
+        llm.collective_rpc(beside_a_fusion)
+        steps(llm, adapters, notes, "fusions")
+        if one_gpu:
+            trace(llm, adapters, notes, "fusions")
 
 
 def loaded(llm: Any, source: Path, notes: Notes, name: str) -> list[Any]:
@@ -133,17 +132,6 @@ def loaded(llm: Any, source: Path, notes: Notes, name: str) -> list[Any]:
         loads.append(1e3 * (time.monotonic() - start))
     notes.add(name, load_ms={"first": loads[0], "median": sorted(loads)[len(loads) // 2]})
     return adapters
-
-
-def on_one_stream(worker: Any) -> None:
-    """In the worker: deltas wait for the base's product from now on; CUDA graphs are captured again."""
-    from deltaweave.runtime_plugin.vllm.step import Step
-    from vllm.compilation.cuda_graph import CUDAGraphWrapper
-
-    Step.current.most_apart = 0
-    if Step.current.arena.buffer.is_cuda:
-        CUDAGraphWrapper.clear_all_graphs()
-        worker.model_runner.capture_model()
 
 
 def beside_a_fusion(worker: Any) -> None:

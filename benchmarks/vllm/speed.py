@@ -6,10 +6,9 @@
 Weights are random (the dummy loader); deltas have the bands that `compress --ratio 1/16` chooses. Each server runs in a
 process of its own: the stock one, ours, vLLM's LoRA at rank 256 on every projection. All start at the same time for
 which there is room, each on the GPU that has most of it (`--ranks` GPUs); nobody measures before the others have
-started, and servers of one GPU measure in turn. Ours is measured with deltas, then with all work on one stream, then
-so with the kernels that a step of deltas runs when one of the tenants is a fusion. A decode step is the difference of
-two runs, of 16 and 80 new tokens, over 64; prompts have 32 tokens of their own. Figures are written as they come, and
-kept if a server's time is over.
+started, and servers of one GPU measure in turn. Ours is measured with deltas, then with the kernels that a step of
+deltas runs when one of the tenants is a fusion. A decode step is the difference of two runs, of 16 and 80 new tokens,
+over 64; prompts have 32 tokens of their own. Figures are written as they come, and kept if a server's time is over.
 """
 
 from __future__ import annotations
@@ -144,7 +143,7 @@ def finish(arguments: argparse.Namespace, server: str, status: int) -> dict[str,
     if status:
         found["ended_with"] = status
     print(server, json.dumps(found), flush=True)
-    names = ("deltaweave", "one_stream", "fusions") if server == "deltaweave" else (server,)
+    names = ("deltaweave", "fusions") if server == "deltaweave" else (server,)
     return {name: found[name] | {"graphs_gib": found.get("graphs_gib")} for name in names if name in found}
 
 
@@ -224,7 +223,6 @@ def plot(results: dict[str, Any], file: Path) -> None:
     names = {
         "stock": "vLLM, base alone",
         "deltaweave": "deltaweave",
-        "one_stream": "deltaweave, one stream",
         "fusions": "deltaweave, beside a fusion",
         "lora256": "vLLM's LoRA, rank 256",
     }
@@ -236,8 +234,6 @@ def plot(results: dict[str, Any], file: Path) -> None:
         return
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, found in servers.items():
-        if name == "one_stream":  # too near to be told from ours
-            continue
         left.plot(SEQUENCES, [found["step_ms"][str(count)] for count in SEQUENCES], marker="o", label=names[name])
     left.set(xscale="log", yscale="log", xlabel="sequences, each with a tenant of its own", ylabel="decode step, ms")
     left.set_xticks(SEQUENCES, map(str, SEQUENCES))

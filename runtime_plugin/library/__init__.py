@@ -10,6 +10,7 @@ from deltaweave.runtime_plugin.library.binding import ABI_VERSION, Library, find
 from deltaweave.runtime_plugin.library.errors import ArenaFullError, LibraryError
 from deltaweave.runtime_plugin.library.structs import (
     BAND_FIELDS,
+    BASE_TOKENS,
     DIRECTORY_FIELDS,
     DTYPES,
     GRIDS,
@@ -39,6 +40,7 @@ from deltaweave.runtime_plugin.library.structs import (
 __all__ = [
     "ABI_VERSION",
     "BAND_FIELDS",
+    "BASE_TOKENS",
     "DIRECTORY_FIELDS",
     "DTYPES",
     "GRIDS",

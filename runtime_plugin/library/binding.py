@@ -25,7 +25,7 @@ from deltaweave.runtime_plugin.library.structs import (
 
 __all__ = ["ABI_VERSION", "Library", "find_library"]
 
-ABI_VERSION = 7
+ABI_VERSION = 8
 FULL = 3  # DW_ERROR_FULL
 ENVIRONMENT = "DELTAWEAVE_LIBRARY"
 FILE_NAME = "libdeltaweave.so"
@@ -147,11 +147,11 @@ class Library:
         return size.value
 
     def delta_gemm(self, gemm: Gemm, stream: int = 0) -> None:
-        """Adds the factored delta terms to y, for tokens whose tenant has one; or y is these terms (`overwrite`)."""
+        """Adds the factored delta terms to y, for tokens whose tenant has one; with `base`, to the base's product."""
         self.call("dw_delta_gemm", byref(gemm), stream)
 
     def delta_shrink(self, gemm: Gemm, stream: int = 0) -> None:
-        """The first half of `delta_gemm`, for few tokens: it may lack a y to add to; the workspace must be kept."""
+        """The first half of `delta_gemm`, for few tokens: without `base` it needs no y. The workspace must be kept."""
         self.call("dw_delta_shrink", byref(gemm), stream)
 
     def delta_expand(self, gemm: Gemm, stream: int = 0) -> None:

@@ -13,6 +13,7 @@ from deltaweave.runtime_plugin.library.errors import LibraryError
 
 __all__ = [
     "BAND_FIELDS",
+    "BASE_TOKENS",
     "DIRECTORY_FIELDS",
     "DTYPES",
     "GRIDS",
@@ -44,6 +45,7 @@ MAX_BANDS = 8
 MAX_EXPERTS = 8
 MAX_SLICES = 4
 MAX_TOKENS = 2048
+BASE_TOKENS = 8
 GRIDS = {"none": 0, "affine": 1, "codebook": 2}
 DTYPES = {"float16": 0, "bfloat16": 1}
 
@@ -257,7 +259,7 @@ class RepackArgs(ctypes.Structure):
 
 
 class Slice(ctypes.Structure):
-    """One of the fused linears of a call."""
+    """One of the fused linears of a call; `base` may be None in all of them."""
 
     _fields_: ClassVar = [
         ("parameter", c_int32),
@@ -265,6 +267,8 @@ class Slice(ctypes.Structure):
         ("out_offset", c_int32),
         ("y", c_void_p),
         ("y_stride", c_int64),
+        ("base", c_void_p),
+        ("base_stride", c_int64),
     ]
 
 
@@ -291,7 +295,6 @@ class Gemm(ctypes.Structure):
         ("workspace_bytes", c_size_t),
         ("weights", c_void_p),
         ("weights_stride", c_int64),
-        ("overwrite", c_int32),
     ]
 
 

@@ -3,8 +3,8 @@
 
     plan        (slots, slot_count, plan!)                        groups a step's tokens by slot
     delta_gemm  (arena, directory, plan, x, ys!, parameters, ...) y_s += U^T (sigma * (V x)), fused over slices s, times
-                                                                  a weight a token; `overwrite`, for few tokens: y_s
-                                                                  = instead of +=
+                                                                  a weight a token; with `base`, the weights of the
+                                                                  base: y_s = base_s x + that
     gate        (arena, directory, slots, x, parameter, weights!) what a token gives the experts of its fusion
     gated_lora  (arena, directory, plan, x, ys!, weights, ...)    y_s += sum_e w_e B_e A_e x, fused over slices s
     dense_gemm  (arena, directory, plan, x, y!, parameter, ...)   lm_head's low-bit or replaced rows
@@ -29,12 +29,23 @@ from deltaweave.formats import DeltaweaveError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, MAX_EXPERTS, MAX_SLICES, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import ops_cpu, ops_cuda
 
-__all__ = ["OpError", "add_bias", "delta_gemm", "dense_gemm", "embed", "gate", "gated_lora", "plan", "rms_norm"]
+__all__ = [
+    "OpError",
+    "add_bias",
+    "delta_gemm",
+    "dense_gemm",
+    "embed",
+    "gate",
+    "gated_lora",
+    "plan",
+    "rms_norm",
+    "takes_base",
+]
 
 SCHEMAS = {
     "plan": "(Tensor slots, int slot_count, Tensor(a!) plan) -> ()",
     "delta_gemm": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, int[] parameters, "
-    "int max_rank, int in_offset=0, int[]? out_offsets=None, Tensor? weights=None, bool overwrite=False) -> ()",
+    "int max_rank, int in_offset=0, int[]? out_offsets=None, Tensor? weights=None, Tensor[]? base=None) -> ()",
     "gate": "(Tensor arena, Tensor directory, Tensor slots, Tensor x, int parameter, Tensor(a!) weights) -> ()",
     "gated_lora": "(Tensor arena, Tensor directory, Tensor plan, Tensor x, Tensor(a!)[] ys, Tensor weights, "
     "int[] parameters, int max_rank, int in_offset=0, int[]? out_offsets=None) -> ()",
@@ -51,6 +62,14 @@ GPU_DTYPES = (torch.float16, torch.bfloat16)
 
 class OpError(DeltaweaveError, ValueError):
     """Tensors that an op does not take; the message says what came and what was expected."""
+
+
+def takes_base(x: torch.Tensor, base: Sequence[torch.Tensor]) -> bool:
+    """Whether a kernel of `delta_gemm` computes the base's products of x itself: on a GPU, for few aligned tokens.
+
+    Otherwise the op has torch compute them, a product a slice; who has these weights as one may rather do that.
+    """
+    return x.is_cuda and ops_cuda.takes_base(x, base)
 
 
 def _plan(slots: torch.Tensor, slot_count: int, plan: torch.Tensor) -> None:
@@ -70,7 +89,7 @@ def _delta_gemm(
     in_offset: int = 0,
     out_offsets: Sequence[int] | None = None,
     weights: torch.Tensor | None = None,
-    overwrite: bool = False,
+    base: Sequence[torch.Tensor] | None = None,
 ) -> None:
     _require_arena(arena, directory, parameters)
     _require("plan", plan, torch.int32, 1, arena.device)
@@ -79,8 +98,10 @@ def _delta_gemm(
     offsets = [0] * len(ys) if out_offsets is None else out_offsets
     if weights is not None:
         _require_weights(weights, (len(x),), x.device)
+    if base is not None:
+        _require_base(base, ys, x)
     product = (arena, directory, plan, x, ys, parameters, max_rank, in_offset, offsets)
-    _backend(arena).delta_gemm(*product, weights, overwrite)
+    _backend(arena).delta_gemm(*product, weights, base)
 
 
 def _gate(
@@ -258,6 +279,19 @@ def _require_slices(ys: Sequence[torch.Tensor], parameters: Sequence[int], x: to
         _require_tokens("y", y, x.device)
         if len(y) != len(x) or y.dtype != x.dtype:
             raise OpError(f"y of shape {list(y.shape)} and {y.dtype} for an x of {list(x.shape)} and {x.dtype}")
+
+
+def _require_base(base: Sequence[torch.Tensor], ys: Sequence[torch.Tensor], x: torch.Tensor) -> None:
+    if len(base) != len(ys):
+        raise OpError(f"{len(base)} weights of the base for {len(ys)} ys")
+    for weight, y in zip(base, ys, strict=True):
+        shape = (y.shape[1], x.shape[1])
+        same = weight.shape == shape and weight.dtype == x.dtype and weight.device == x.device
+        if not same or weight.stride(1) != 1:
+            raise OpError(
+                f"base of {weight.dtype}, shape {list(weight.shape)} and strides {list(weight.stride())} on "
+                f"{weight.device}, expected {x.dtype} {list(shape)} with contiguous rows on {x.device}"
+            )
 
 
 def _require_weights(weights: torch.Tensor, shape: tuple[int, ...], device: torch.device) -> None:

@@ -37,12 +37,13 @@ class Reference:
         in_offset: int,
         out_offsets: Sequence[int],
         weights: Tensor | None,
-        overwrite: bool,
+        base: Sequence[Tensor] | None,
     ) -> None:
         """Adds the terms of FACTORED records; ranks and offsets of shards stand in the directory."""
+        if base is not None:
+            for y, weight in zip(ys, base, strict=True):
+                torch.mm(x, weight.t(), out=y)
         for y, parameter in zip(ys, parameters, strict=True):
-            if overwrite:
-                y.zero_()
             for row, tokens in _rows(arena, directory, plan[: len(x)], parameter):
                 if row.kind is RecordKind.FACTORED:
                     term = delta_linear(x[tokens].float(), row.factored((y.shape[1], x.shape[1])))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from deltaweave.runtime_plugin.library import (
+    BASE_TOKENS,
     DTYPES,
     Batch,
     Bias,
@@ -20,9 +21,15 @@ from deltaweave.runtime_plugin.library import (
 )
 from deltaweave.runtime_plugin.pytorch.native import native_library
 
-__all__ = ["Kernels"]
+__all__ = ["Kernels", "takes_base"]
 
 Tensor = torch.Tensor
+ALIGNMENT = 16  # bytes, of rows that kernels read whole
+
+
+def takes_base(x: Tensor, base: Sequence[Tensor]) -> bool:
+    """Whether `delta_gemm`'s kernel computes the products of these weights itself."""
+    return len(x) <= BASE_TOKENS and all(_has_aligned_rows(tensor) for tensor in (x, *base))
 
 
 class Kernels:
@@ -48,15 +55,21 @@ class Kernels:
         in_offset: int,
         out_offsets: Sequence[int],
         weights: Tensor | None,
-        overwrite: bool,
+        base: Sequence[Tensor] | None,
     ) -> None:
-        """Both stages, fused over the slices."""
-        if len(x):
-            product = _Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
-            gemm, workspace = product.arguments(ys)
-            gemm.overwrite = overwrite
-            _weigh(gemm, weights)
-            native_library().delta_gemm(gemm, _stream(workspace))
+        """Both stages, fused over the slices; the base's products by the first, or else by cuBLAS."""
+        if not len(x):
+            return
+        if base is not None and not takes_base(x, base):
+            for y, weight in zip(ys, base, strict=True):
+                torch.mm(x, weight.t(), out=y)
+            base = None
+        product = _Product(arena, directory, plan, x, parameters, max_rank, in_offset, out_offsets)
+        gemm, workspace = product.arguments(ys)
+        for place, weight in enumerate(base or ()):
+            gemm.slices[place].base, gemm.slices[place].base_stride = weight.data_ptr(), weight.stride(0)
+        _weigh(gemm, weights)
+        native_library().delta_gemm(gemm, _stream(workspace))
 
     @staticmethod
     def gate(arena: Tensor, directory: Tensor, slots: Tensor, x: Tensor, parameter: int, weights: Tensor) -> None:
@@ -205,6 +218,11 @@ class _Product:
         workspace = torch.empty(native_library().workspace_bytes(gemm), dtype=torch.uint8, device=self.x.device)
         gemm.workspace, gemm.workspace_bytes = workspace.data_ptr(), workspace.numel()
         return gemm, workspace
+
+
+def _has_aligned_rows(tensor: Tensor) -> bool:
+    stride, row = (count * tensor.element_size() for count in (tensor.stride(0), tensor.shape[1]))
+    return all(value % ALIGNMENT == 0 for value in (tensor.data_ptr(), stride, row))
 
 
 def _stream(tensor: Tensor) -> int:

@@ -21,7 +21,6 @@ from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import ops
 from deltaweave.runtime_plugin.pytorch.arena import Arena, FusionWork
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.second_stream import MOST_BESIDE, SecondStream
 from deltaweave.runtime_plugin.pytorch.swaps import Attachment, Swap
 from deltaweave.runtime_plugin.tables import EMBEDDING, HEAD
 from torch import nn
@@ -43,7 +42,6 @@ class StepSlots:
         batch: rows of the steps to come.
         shape: (batch, tokens) that slots and plan are of; (0, 0) if the rows have changed since.
         work: what is done for fusions.
-        second_stream: of deltas beside the base's products.
     """
 
     def __init__(self, arena: Arena) -> None:
@@ -53,7 +51,6 @@ class StepSlots:
         self.rows = torch.full((MAX_TOKENS,), -1, dtype=torch.int32, device=device)
         self.batch = 0
         self.shape = (0, 0)
-        self.second_stream = SecondStream(device)
         plan_ints = native_library().plan_bytes(MAX_TOKENS) // 4
         self._slots = torch.full((MAX_TOKENS,), -1, dtype=torch.int32, device=device)
         self._plan = torch.zeros(plan_ints, dtype=torch.int32, device=device)
@@ -100,12 +97,15 @@ class StepSlots:
         return self._slots[:tokens]
 
     def delta_gemm(
-        self, x: torch.Tensor, ys: Sequence[torch.Tensor], parameters: Sequence[int], *, overwrite: bool = False
+        self,
+        x: torch.Tensor,
+        ys: Sequence[torch.Tensor],
+        parameters: Sequence[int],
+        base: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        """Adds the factored deltas of layers that read x, or puts them into ys that hold nothing yet; all 2-D."""
+        """Adds the factored deltas of layers that read x to ys, or to the products of the base's weights; all 2-D."""
         arena = self.arena
-        fixed = (arena.buffer, arena.directory, self._plan)
-        ops.delta_gemm(*fixed, x, ys, parameters, arena.max_rank, overwrite=overwrite)
+        ops.delta_gemm(arena.buffer, arena.directory, self._plan, x, ys, parameters, arena.max_rank, base=base)
 
     def weigh(self, x: torch.Tensor, gate: int) -> None:
         """Reads a block's input [tokens, hidden_size]; the layers of the block use the weights after it."""
@@ -186,48 +186,19 @@ class ServedLinears:
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """[..., in_features] to each layer's [..., out_features]."""
         flat = x.reshape(-1, x.shape[-1])
-        ys = self._beside(flat) if _is_beside(flat) else self._in_turn(flat)
+        weights = [weight.detach() for weight, _ in self._layers]
+        ys = [flat.new_empty(len(flat), len(weight)) for weight in weights]
+        self._step.delta_gemm(flat, ys, self._weights, weights)
+        self._step.fusions(flat, ys, self._weights)
         if self._biases:
             self._add_biases(ys)
         return [y.view(*x.shape[:-1], -1) for y in ys]
-
-    def _in_turn(self, x: torch.Tensor) -> list[torch.Tensor]:
-        ys = [functional.linear(x, weight.detach()) for weight, _ in self._layers]
-        self._step.delta_gemm(x, ys, self._weights)
-        self._step.fusions(x, ys, self._weights)
-        return ys
-
-    def _beside(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """Deltas at the same time as the base's products, in outputs of their own, which one kernel adds."""
-        widths = [len(weight) for weight, _ in self._layers]
-        y, z = (x.new_empty(len(x), sum(widths)) for _ in range(2))
-        ys, zs = ([*whole.split(widths, dim=1)] for whole in (y, z))
-
-        def base() -> None:
-            for part, (weight, _) in zip(ys, self._layers, strict=True):
-                torch.mm(x, weight.detach().t(), out=part)
-
-        def deltas() -> None:
-            self._step.delta_gemm(x, zs, self._weights, overwrite=True)
-            self._step.fusions(x, zs, self._weights)
-
-        self._step.second_stream.beside(len(x), base, deltas)
-        y += z
-        return ys
 
     def _add_biases(self, ys: list[torch.Tensor]) -> None:
         biased = [(y, bias.detach()) for y, (_, bias) in zip(ys, self._layers, strict=True) if bias is not None]
         targets, biases = [y for y, _ in biased], [bias for _, bias in biased]
         arena, slots = self._step.arena, self._step.slots(len(ys[0]))
         ops.add_bias(arena.buffer, arena.directory, slots, targets, biases, self._biases)
-
-
-def _is_beside(x: torch.Tensor) -> bool:
-    """Whether deltas of these tokens are kept apart from the base's outputs, so that a graph has them at one time.
-
-    Steps outside of a graph do the same, in turn, so that both give the same bits.
-    """
-    return x.is_cuda and len(x) <= MOST_BESIDE and not torch.compiler.is_compiling()
 
 
 class ServedLinear(nn.Module):

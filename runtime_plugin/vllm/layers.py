@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from deltaweave.runtime_plugin.fit import LENGTH_DEPENDENT, AttachError
-from deltaweave.runtime_plugin.pytorch.second_stream import MOST_BESIDE
 from deltaweave.runtime_plugin.tables import BLOCKS, EMBEDDING, HEAD
 from deltaweave.runtime_plugin.vllm import ops
 from deltaweave.runtime_plugin.vllm.step import Step
@@ -24,7 +23,6 @@ __all__ = ["serve"]
 # vLLM's fused layers, and the layers of the checkpoint that they are made of.
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 SINGLE = ("o_proj", "down_proj")
-VALUES = "v_proj"
 NORM = "input_layernorm"
 
 
@@ -42,9 +40,7 @@ class ServedLinear:
         """
         weights = [f"{name}.weight" for name in names]
         biases = [f"{name}.bias" for name in names if f"{name}.bias" in table]
-        self.base, self.apart = base, step.apart
-        # What reads queries and keys is a kernel of torch.compile's, but values are read by attention itself.
-        self.returns_sum = any(name.endswith(VALUES) for name in names)
+        self.base = base
         self.widths = [table.rows(name) for name in weights]
         self.in_offset = table.in_offset(weights[0])
         self.out_offsets = [table.out_offset(name) for name in weights]
@@ -62,14 +58,8 @@ class ServedLinear:
         else:  # vLLM's CPU build packs weights in its own way
             y, weight = self.base.apply(layer, x, None), None
         own = (self.directory, self.widths, self.weights, self.biases, self.in_offset, self.out_offsets)
-        if self.returns_sum or not torch.compiler.is_compiling():
-            ops.linear(x, y, None, weight, bias, *own)
-            return y
-        # torch.compile makes the sum part of the kernel that reads it. Tokens of large steps, whose deltas are in y,
-        # read the same few rows in vain: from the cache, where a z as large as y would cost time.
-        z, rows = y.new_empty(MOST_BESIDE, y.shape[1]), torch.arange(y.shape[0], device=y.device) % MOST_BESIDE
-        ops.linear(x, y, z, weight, bias, *own)
-        return y + torch.where(self.apart > 0, z[rows], 0)
+        ops.linear(x, y, weight, bias, *own)
+        return y
 
     def __getattr__(self, name: str) -> Any:
         if name == "base":  # of an object that is not made yet

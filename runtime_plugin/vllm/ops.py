@@ -3,10 +3,9 @@
 
     embed  (ids, table, directory)        rows of each token's tenant; lays the step out
     weigh  (x, normed!, gate)             the weights of a block's experts, from its input
-    linear (x, y!, z!, weight, bias, directory, ...)
+    linear (x, y!, weight, bias, directory, ...)
                                           a fused layer's outputs: the base's (without its weight, y has them), deltas,
-                                          weighed experts and biases; of a step whose deltas lie apart, deltas and
-                                          experts are in the first rows of z, if there is one
+                                          weighed experts and biases
 
 They are made of `torch.ops.deltaweave.*` and know the arena and the step's slots through `Step.current`. `directory`
 has the rows of the layer's own parameters, so that layers of one kind have one graph, whose compilation they share.
@@ -28,8 +27,8 @@ __all__ = ["embed", "linear", "weigh"]
 SCHEMAS = {
     "embed": "(Tensor ids, Tensor table, Tensor directory) -> Tensor",
     "weigh": "(Tensor x, Tensor(a!) normed, Tensor gate) -> ()",
-    "linear": "(Tensor x, Tensor(a!) y, Tensor(b!)? z, Tensor? weight, Tensor? bias, Tensor directory, int[] widths, "
-    "int[] weights, int[] biases, int in_offset, int[] out_offsets) -> ()",
+    "linear": "(Tensor x, Tensor(a!) y, Tensor? weight, Tensor? bias, Tensor directory, int[] widths, int[] weights, "
+    "int[] biases, int in_offset, int[] out_offsets) -> ()",
 }
 
 
@@ -48,7 +47,6 @@ def _weigh(x: torch.Tensor, normed: torch.Tensor, gate: torch.Tensor) -> None:
 def _linear(
     x: torch.Tensor,
     y: torch.Tensor,
-    z: torch.Tensor | None,
     weight: torch.Tensor | None,
     bias: torch.Tensor | None,
     directory: torch.Tensor,
@@ -58,22 +56,14 @@ def _linear(
     in_offset: int,
     out_offsets: Sequence[int],
 ) -> None:
-    step, ys = Step.current, y.split(list(widths), dim=1)
-    layers = (directory, weights, in_offset, out_offsets)
-
-    def base() -> None:
-        if weight is not None:
+    step, ys, base = Step.current, y.split(list(widths), dim=1), None
+    if weight is not None:
+        parts = weight.split(list(widths))
+        if step.active and ops.takes_base(x, parts):
+            base = parts
+        else:
             torch.mm(x, weight.t(), out=y)
-
-    if step.is_apart(len(x)):
-        own = torch.empty_like(y) if z is None else z[: len(x)]
-        zs = own.split(list(widths), dim=1)
-        step.second_stream.beside(len(x), base, lambda: step.add(x, zs, *layers, overwrite=True))
-        if z is None:
-            y += own
-    else:
-        base()
-        step.add(x, ys, *layers)
+    step.add(x, ys, directory, weights, in_offset, out_offsets, base)
     if bias is None:
         return
     shared = bias.split(list(widths))

@@ -11,15 +11,13 @@ import torch
 from deltaweave.runtime_plugin.library import MAX_EXPERTS, MAX_TOKENS
 from deltaweave.runtime_plugin.pytorch import Arena, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
-from deltaweave.runtime_plugin.pytorch.second_stream import MOST_BESIDE, SecondStream
 from numpy.typing import NDArray
 
 __all__ = ["Step"]
 
 # Rows of the table of slots: of the step's tokens, of those that are sampled, of the tokens in `SlotSettings` (where
-# the base has the last row), one that says in its first place whether deltas lie apart, and one for each place of a
-# gate.
-TOKENS, SAMPLED, SETTINGS, APART, EXPERTS = range(5)
+# the base has the last row), and one for each place of a gate.
+TOKENS, SAMPLED, SETTINGS, EXPERTS = range(4)
 
 
 class Step:
@@ -37,11 +35,7 @@ class Step:
         rehearses_fusions: whether stand-ins of the warm-up step to come are fusions.
         fusions: whether tenants may be fusions.
         places: of a gate, those at which deltas may be experts.
-        most_apart: the most tokens of a step whose deltas are computed beside the base's products and written apart
-            from their outputs, at most MOST_BESIDE: who reads these adds both. Larger steps have them added in place.
-        second_stream: of the deltas that lie apart.
         settings_rows: int32 [tokens], the same as rows of the arena's settings.
-        apart: int32 [1], whether the deltas of the step that runs lie apart; read by its kernels.
         current: the process's step. Ops find it here: torch.compile sees them as functions of their arguments alone.
     """
 
@@ -58,19 +52,17 @@ class Step:
         """
         device = arena.buffer.device
         self.arena = arena
-        self.most_apart = MOST_BESIDE
         self.active = self.fused = self.own_logits = self.rehearses_fusions = False
         self.fusions = fusions
         self.places = range(delta_experts if fusions else 0)
         self._rows = torch.full((EXPERTS + len(self.places), tokens), -1, dtype=torch.int32, device=device)
-        self.slots, self.settings_rows, self.apart = self._rows[TOKENS], self._rows[SETTINGS], self._rows[APART, :1]
+        self.slots, self.settings_rows = self._rows[TOKENS], self._rows[SETTINGS]
         parts = -(-tokens // MAX_TOKENS)
         ints = native_library().plan_bytes(min(tokens, MAX_TOKENS)) // 4
         self._plans = torch.zeros(1 + len(self.places), parts, ints, dtype=torch.int32, device=device)
         self._sampled_plan = torch.zeros(ints, dtype=torch.int32, device=device)
         self._weights = torch.zeros(tokens, MAX_EXPERTS, dtype=torch.float32, device=device)
         self._sampled: int | None = 0
-        self.second_stream = SecondStream(device)
         Step.current = self
 
     def choose(
@@ -98,7 +90,6 @@ class Step:
             rows[place, : len(values)] = values
         rows[SETTINGS] = np.where(rows[TOKENS] < 0, self.arena.directory.shape[1], rows[TOKENS])
         self.active = bool((rows[TOKENS] >= 0).any())
-        rows[APART] = self.active
         self.fused, self.own_logits = self.active and fused, self.active and own_logits
         self._sampled = len(sampled)
         table = torch.from_numpy(rows)
@@ -118,8 +109,6 @@ class Step:
         """Groups the step's tokens by slot; comes first in a step, and is captured with it."""
         if not self.active:
             return
-        if not self.is_apart(tokens):
-            self.apart.zero_()
         count = self.arena.directory.shape[1]
         for number, part in enumerate(self.parts(tokens)):
             ops.plan(self.slots[part], count, self._plans[0, number])
@@ -138,10 +127,6 @@ class Step:
         for part in self.parts(len(x)):
             ops.gate(self.arena.buffer, directory, self.slots[part], x[part], 0, self._weights[part])
 
-    def is_apart(self, tokens: int) -> bool:
-        """Whether deltas of a step of so many tokens (those that fill a graph up, too) lie apart from the base's y."""
-        return self.active and tokens <= self.most_apart
-
     def add(
         self,
         x: torch.Tensor,
@@ -150,12 +135,12 @@ class Step:
         parameters: Sequence[int],
         in_offset: int,
         out_offsets: Sequence[int],
-        *,
-        overwrite: bool = False,
+        base: Sequence[torch.Tensor] | None = None,
     ) -> None:
         """Adds deltas and weighed experts of layers of a decoder block that read x; all [tokens, features].
 
-        `overwrite`: the ys hold nothing yet.
+        `base`: the base's weights of these layers, whose products shall be in the ys, which hold nothing yet. Only of a
+        step that is active.
         """
         if not self.active:
             return
@@ -163,7 +148,7 @@ class Step:
         fixed = (parameters, arena.max_rank, in_offset, out_offsets)
         for number, part in enumerate(self.parts(len(x))):
             inputs, outputs, plan = x[part], [y[part] for y in ys], self._plans[0, number]
-            ops.delta_gemm(arena.buffer, directory, plan, inputs, outputs, *fixed, None, overwrite)
+            ops.delta_gemm(arena.buffer, directory, plan, inputs, outputs, *fixed, base=base)
             if not self.fused:
                 continue
             weights = self._weights[part]

@@ -2,15 +2,19 @@
 """The PyTorch host on a GPU: ops against the CPU reference, models against float32, graphs, swaps under way."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from delta_gemm_case import Case, Setup
 from deltaweave.formats import Delta
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, OpError, Request, Sampling, attach, decode, ops
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.records import Rows
+from factored_records import RandomBand
 from fusions import random_fusions
+from gpu_checks import assert_close
 from helpers import FAMILIES, tiny_checkpoint
 from op_arena import (
     BIAS,
@@ -153,14 +157,59 @@ class TestOps:
 def test_opcheck(both, name):
     arena, slots = both.arenas["cuda"], slots_of([0, -1, 1], "cuda")
     held = (arena.buffer, arena.directory)
-    x, y = torch.randn(3, IN).cuda().half(), torch.randn(3, OUTS[0]).cuda().half()
+    x, y, weight = (torch.randn(shape).cuda().half() for shape in ((3, IN), (3, OUTS[0]), (OUTS[0], IN)))
     arguments = {
-        "delta_gemm": (*held, arena.plan(slots), x, [y], [LINEAR], MAX_RANK),
+        "delta_gemm": (*held, arena.plan(slots), x, [y], [LINEAR], MAX_RANK, 0, None, None, [weight]),
         "rms_norm": (*held, slots, x, x[0].contiguous(), 1e-5, NORM),
         "add_bias": (*held, slots, [y], [None], [BIAS]),
         "embed": (*held, slots, torch.arange(3).cuda(), x, EMBEDDING),
     }
     torch.library.opcheck(getattr(ops, name), arguments[name])
+
+
+PRODUCTS = {
+    "qkv": Case(in_features=1024, outs=(1024, 256, 256)),
+    "gate and up": Case(in_features=1024, outs=(2752, 2752)),
+    "down": Case(in_features=2752, outs=(1024,)),
+    "ragged outputs": Case(in_features=1000, outs=(331, 77)),
+    "a kernel cannot": Case(in_features=331, outs=(77, 5), bands=(RandomBand(3, 5), RandomBand(2, 3))),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_base_and_delta_in_one_call(name, dtype):
+    """Into columns of one y, as vLLM's host has them, eagerly and in a CUDA graph, against float64."""
+    case = replace(PRODUCTS[name], tokens=9, slots=[0, 2, -1, 1, 0, 0, 2, -1, 1], dtype=dtype)
+    setup = Setup(native_library(), case)
+    setup.arena.directory[0, 1] = 0  # a tenant without a record
+    weight = torch.randn(sum(case.outs), case.in_features, device="cuda").to(setup.x.dtype)
+    weight *= 0.1 / case.in_features**0.5  # as large as the deltas
+    base, slots = weight.split(case.outs), setup.slots.cuda()
+    deltas = np.concatenate([setup.expected(index) for index in range(len(case.outs))], axis=1)
+    deltas[slots.cpu().numpy() == 1, : case.outs[0]] = 0
+    expected = setup.x.double() @ weight.double().T + torch.from_numpy(deltas).cuda()
+    plan = torch.zeros(native_library().plan_bytes(9) // 4, dtype=torch.int32, device="cuda")
+    for tokens in range(1, 10):
+        x, y = setup.x[:tokens], torch.empty(tokens, weight.shape[0], device="cuda", dtype=setup.x.dtype)
+        assert ops.takes_base(x, base) == (tokens <= 8 and case.in_features % 8 == 0)
+
+        def work(x=x, y=y, tokens=tokens):
+            ops.plan(slots[:tokens], setup.arena.directory.shape[1], plan)
+            held = (setup.arena.buffer, setup.arena.directory, plan)
+            ys, parameters = list(y.split(case.outs, dim=1)), list(range(len(case.outs)))
+            ops.delta_gemm(*held, x, ys, parameters, setup.arena.max_rank, base=base)
+
+        y.fill_(torch.nan)
+        work()
+        eager = y.clone()
+        assert_close(eager.double().cpu().numpy(), expected[:tokens].cpu().numpy(), dtype, f"{name}, {tokens} tokens")
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        y.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(y, eager)
 
 
 def test_float32_is_refused(both):

@@ -14,6 +14,7 @@ from deltaweave.runtime_plugin.pytorch import (
     dense_linear,
     ops,
 )
+from deltaweave.runtime_plugin.pytorch.ops_cuda import takes_base
 from deltaweave.runtime_plugin.records import Rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -42,9 +43,18 @@ band_lists = st.lists(
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(band_lists, st.sampled_from([128, 256]), st.integers(0, 2**31), st.lists(st.integers(-1, 4), max_size=9))
-def test_delta_gemm(bands, size, seed, slots):
-    """Any bands; slots beyond the directory count as the base; what lies in the arena is what the file had."""
+@given(
+    band_lists,
+    st.sampled_from([128, 256]),
+    st.integers(0, 2**31),
+    st.lists(st.integers(-1, 4), max_size=9),
+    st.booleans(),
+)
+def test_delta_gemm(bands, size, seed, slots, with_base):
+    """Any bands; slots beyond the directory count as the base; what lies in the arena is what the file had.
+
+    With the base's weights y may hold anything.
+    """
     generator = np.random.default_rng(seed)
     arena = OpArena()
     shapes = [random_band(generator, *band) for band in bands]
@@ -58,10 +68,14 @@ def test_delta_gemm(bands, size, seed, slots):
     assert [arena.add(each) for each in records] == [0, 1]
     x = torch.from_numpy(generator.standard_normal((len(slots), IN))).float()
     before = [torch.from_numpy(generator.standard_normal((len(slots), out))).float() for out in OUTS]
-    ys = [y.clone() for y in before]
+    ys, base = [y.clone() for y in before], None
+    if with_base:
+        base = [torch.from_numpy(generator.standard_normal((out, IN))).float() for out in OUTS]
+        before = [x @ weight.T for weight in base]
+        ys = [y.fill_(torch.nan) for y in ys]
     if slots:
         plan = arena.plan(slots_of(slots))
-        ops.delta_gemm(arena.buffer, arena.directory, plan, x, ys, [LINEAR, OTHER], 256)
+        ops.delta_gemm(arena.buffer, arena.directory, plan, x, ys, [LINEAR, OTHER], 256, base=base)
     for token, slot in enumerate(slots):
         for parameter, y, old in zip((LINEAR, OTHER), ys, before, strict=True):
             record = records[slot].get(parameter) if 0 <= slot < len(records) else None
@@ -169,6 +183,30 @@ def test_opcheck(name):
     torch.library.opcheck(getattr(ops, name), (), arguments()[name])
 
 
+def test_opcheck_with_the_base():
+    base = [torch.randn(OUTS[0], IN)] * 2
+    torch.library.opcheck(ops.delta_gemm, (), {**arguments()["delta_gemm"], "base": base})
+
+
+def test_kernels_take_the_base_of_few_aligned_tokens():
+    """By their contract, which is in bytes; where they do not, and on a CPU, torch computes it."""
+    x, base = torch.zeros(8, IN).half(), [torch.zeros(out, IN).half() for out in OUTS]
+    wide, parts = torch.zeros(8, 2 * IN).half(), torch.zeros(sum(OUTS), IN).half().split(OUTS)
+    for taken in ((x, base), (x[:1], base), (wide[:, 8 : 8 + IN], base), (x, parts), (x, [b[5:] for b in base])):
+        assert takes_base(*taken) and not ops.takes_base(*taken)
+    more = torch.zeros(9, IN).half()
+    odd, few = torch.zeros(OUTS[0], IN + 8).half(), torch.zeros(OUTS[0], IN + 4).half()
+    for refused in (
+        (more, base),
+        (wide[:, 4 : 4 + IN], base),
+        (few[:8, :IN], base),
+        (x, [base[0], few[:, :IN]]),
+        (x, [base[0], odd[:, 4 : 4 + IN]]),
+        (x[:, : IN - 4].contiguous(), [base[0][:, : IN - 4]]),
+    ):
+        assert not takes_base(*refused)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
@@ -189,6 +227,18 @@ def test_opcheck(name):
         ("delta_gemm", {"ys": [], "parameters": []}, "0 ys and 0 parameters, expected 1 to 4"),
         ("delta_gemm", {"parameters": [0]}, "2 ys and 1 parameters"),
         ("delta_gemm", {"parameters": [0, 7]}, "parameter 7, the directory has 7"),
+        ("delta_gemm", {"base": [torch.zeros(OUTS[0], IN)]}, "1 weights of the base for 2 ys"),
+        (
+            "delta_gemm",
+            {"base": [torch.zeros(OUTS[0], IN), torch.zeros(OUTS[1], IN)]},
+            r"base of torch.float32, shape \[72, 200\] .* expected torch.float32 \[136, 200\] .* on cpu",
+        ),
+        (
+            "delta_gemm",
+            {"base": [torch.zeros(OUTS[0], IN).half()] * 2},
+            "base of torch.float16, .* expected torch.float32",
+        ),
+        ("delta_gemm", {"base": [torch.zeros(IN, OUTS[0]).T] * 2}, r"strides \[1, 136\] .* with contiguous rows"),
         ("dense_gemm", {"parameter": -1}, "parameter -1, the directory has 7"),
         ("rms_norm", {"weight": torch.zeros(7)}, r"x of shape \[3, 200\] for 3 tokens and a norm of 7"),
         ("rms_norm", {"weight": torch.zeros(IN).half()}, "weight of torch.float16"),

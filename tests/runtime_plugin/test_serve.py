@@ -4,7 +4,6 @@
 import pytest
 import torch
 from deltaweave.runtime_plugin.pytorch import Arena, AttachError, OpError, attach
-from deltaweave.runtime_plugin.pytorch import serve as serving
 from family import Family, edit_config, load
 from helpers import FAMILIES, tiny_checkpoint
 from safetensors.torch import load_file, save_file
@@ -111,10 +110,8 @@ def test_rotary_embeddings_differ_by_row(tmp_path):
     check(family, family.arena())
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_attention_biases(tmp_path, monkeypatch, apart):
-    """Qwen2's q, k and v have biases, o has none; Llama may have all. A GPU keeps few tokens' deltas apart."""
-    monkeypatch.setattr(serving, "_is_beside", lambda x: apart)
+def test_attention_biases(tmp_path):
+    """Qwen2's q, k and v have biases, o has none; Llama may have all."""
     base = tiny_checkpoint(tmp_path / "base", dtype=torch.float32)
     edit_config(base, attention_bias=True, mlp_bias=True)
     generator = torch.Generator().manual_seed(0)

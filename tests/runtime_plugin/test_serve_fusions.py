@@ -10,7 +10,6 @@ from deltaweave.converter import BitDeltaOptions, compress_bitdelta
 from deltaweave.formats import Delta, DeltaExpert, DeltaReference, FixedGate, LoraReference, fusion_digest, write_fusion
 from deltaweave.runtime_plugin.library import ArenaFullError
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError, Decoder, Request, attach
-from deltaweave.runtime_plugin.pytorch import serve as serving
 from fusion_family import TOKENS, alone, filled, greedy, make
 from fusions import make_fusion, make_gate, make_lora, single
 from helpers import FAMILIES, perturbed
@@ -51,10 +50,7 @@ def test_each_row_is_computed_by_its_own(tmp_path, name):
     assert torch.equal(alone(family, None, TOKENS), base), "detaching leaves no hook behind"
 
 
-@pytest.mark.parametrize("apart", [False, True])
-def test_texts_are_those_written_alone(family, monkeypatch, apart):
-    """Also where deltas and experts are kept apart from the base's outputs, as on a GPU."""
-    monkeypatch.setattr(serving, "_is_beside", lambda x: apart)
+def test_texts_are_those_written_alone(family):
     tenants = ["three", "one", "joined", None, "eight", "two", "deltas"]
     requests = [Request(prompt, tenant, 8) for prompt, tenant in zip(PROMPTS, tenants, strict=True)]
     with (

@@ -11,6 +11,7 @@ import torch
 from deltaweave.formats import DeltaExpert, DeltaReference, FormatError, write_fusion
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError
 from deltaweave.runtime_plugin.pytorch import ops as step_ops
+from deltaweave.runtime_plugin.vllm import ops
 from deltaweave.runtime_plugin.vllm.layers import serve
 from deltaweave.runtime_plugin.vllm.options import Options, arena_bytes
 from deltaweave.runtime_plugin.vllm.step import Step
@@ -149,23 +150,37 @@ def test_fusions(tmp_path, ranks):
     check(server, ["three", "deltas", "one", "fixed"], lambda name, tokens: alone(family, name, tokens), FUSED)
 
 
-@pytest.mark.parametrize("most", [sum(LENGTHS), sum(LENGTHS) - 1], ids=["apart", "in place"])
-def test_deltas_apart_from_the_outputs(tmp_path, monkeypatch, most):
-    """As compiled, step after step: whoever reads the outputs adds what lies apart, if it is this step's."""
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+@pytest.mark.parametrize("takes", [True, False], ids=["in the call", "before it"])
+def test_base_where_a_kernel_can_compute_it(tmp_path, monkeypatch, takes):
+    """As on a GPU, where an op has the base's weights: few tokens' products are made by the deltas' call."""
     family = make(tmp_path)
-    server = Server(family, 2, delta_experts=2, capacity=32 << 20)
-    poison = {True: torch.nan, False: 99}
-    monkeypatch.setattr(
-        torch.Tensor, "new_empty", lambda like, *shape: like.new_full(shape, poison[like.is_floating_point()])
-    )
-    for step in server.steps:
-        step.most_apart = most
-    for name in ("three", "deltas"):
-        server.add(name, write(family, name))
+    server = Server(family, delta_experts=2, capacity=32 << 20)
     server.add("one", family.deltas["one"])
-    for names in (["three", None, "deltas", "one"], [None], ["one", None]):
-        check(server, names, lambda name, tokens: alone(family, name, tokens), FUSED)
+    server.add("deltas", write(family, "deltas"))
+    [model], [tenants] = server.ranks.models, server.tenants
+    block = model.model.layers[1]
+    layers = [block.self_attn.qkv_proj, block.self_attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj]
+    bases, real = [], step_ops.delta_gemm
+
+    def delta_gemm(*arguments, base=None):
+        bases.append(base is not None)
+        real(*arguments, base=base)
+
+    monkeypatch.setattr(step_ops, "takes_base", lambda x, base: takes)
+    monkeypatch.setattr(step_ops, "delta_gemm", delta_gemm)
+    for names in (["one", None, "one"], ["deltas", "one", None], [None, None, None]):
+        numbers = [server.paths[name].id if name else 0 for name in names]
+        tenants.begin(numbers, numbers, {})
+        ops.embed(torch.arange(3), model.model.embed_tokens.weight, server.steps[0].arena.directory[:1])  # lays out
+        for layer in layers:
+            x, method = torch.randn(3, layer.weight.shape[1]), layer.quant_method
+            own = (method.directory, method.widths, method.weights, method.biases, method.in_offset, method.out_offsets)
+            wanted = method.apply(layer, x, layer.bias)
+            bases.clear()
+            y = torch.full_like(wanted, torch.nan)
+            ops.linear(x, y, layer.weight, layer.bias, *own)
+            assert torch.allclose(y, wanted, rtol=1e-5, atol=1e-6)
+            assert bases[:1] == ([takes] if any(names) else []) and not any(bases[1:])
 
 
 def test_fusions_cost_only_steps_that_have_one(tmp_path, monkeypatch):
@@ -425,7 +440,6 @@ def test_compiled_without_breaks_for_any_length(many):
         q, k = first.self_attn.rotary_emb(positions, qkv[:, :64], qkv[:, 64:96])
         return second.mlp.gate_up_proj(second.post_attention_layernorm(q, residual)[0]), k
 
-    tenants.step.most_apart = 5  # deltas beside the base's outputs, then in them
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(block, fullgraph=True, backend=counter)
     for length in (5, 9):
