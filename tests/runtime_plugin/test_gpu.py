@@ -253,9 +253,13 @@ class Served:
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_rows_compute_their_fine_tunes(tmp_path, name, tied, dtype):
+    """Of as few tokens as have their base's products made in the deltas' call, and of more."""
     served = Served(tmp_path, name, tied=tied, dtype=dtype)
-    tokens = torch.arange(3, 43)[None]
-    rows = [None, *Served.NAMES]
+    for length in (1, 40):
+        check_rows(served, torch.arange(3, 3 + length)[None], [None, *Served.NAMES], dtype)
+
+
+def check_rows(served, tokens, rows, dtype):
     with torch.no_grad(), attach(served.model, served.arena) as attachment, attachment.step(rows):
         mixed = served.model(tokens.repeat(len(rows), 1).cuda(), use_cache=False).logits.cpu()
     alone = [served.alone(each, tokens)[0] for each in rows]
@@ -313,9 +317,10 @@ def test_graphs_follow_fusions(tmp_path):
     assert joined[0] == lone[0] != before[0]
 
 
-def test_compiles_without_graph_breaks(tmp_path):
+@pytest.mark.parametrize("length", [3, 20])
+def test_compiles_without_graph_breaks(tmp_path, length):
     served = Served(tmp_path, "qwen2")
-    tokens = torch.arange(3, 43).view(2, 20).cuda()
+    tokens = torch.arange(3, 3 + 2 * length).view(2, length).cuda()
     with torch.no_grad(), attach(served.model, served.arena) as attachment:
         compiled = torch.compile(served.model, fullgraph=True, backend="aot_eager")
         for rows in (["dense", None], ["other", "rows"]):
