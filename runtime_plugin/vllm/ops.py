@@ -57,12 +57,10 @@ def _linear(
     out_offsets: Sequence[int],
 ) -> None:
     step, ys, base = Step.current, y.split(list(widths), dim=1), None
-    if weight is not None:
-        parts = weight.split(list(widths))
-        if step.active and ops.takes_base(x, parts):
-            base = parts
-        else:
-            torch.mm(x, weight.t(), out=y)
+    if weight is not None and step.active and ops.takes_base(x, [weight]):
+        base = weight.split(list(widths))
+    elif weight is not None:
+        torch.mm(x, weight.t(), out=y)
     step.add(x, ys, directory, weights, in_offset, out_offsets, base)
     if bias is None:
         return
