@@ -24,13 +24,14 @@ BUILD = ROOT / "build" / "emulated"
 SOURCES = ROOT / "cuda" / "src"
 EMULATION = Path(__file__).parent / "cuda" / "emulation"
 KERNELS = (
-    *("delta_gemm", "dense_gemm", "expand", "lora", "plan", "prefill_gemm", "prefill_images"),
+    *("base_gemm", "delta_gemm", "dense_gemm", "expand", "lora", "plan", "prefill_gemm", "prefill_images"),
     *("prepare", "repack", "repack_blocks", "repack_numbers", "shrink"),
 )
 HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "no_cuda")
 # A file, an instruction in it by its first words, and C++ that means the same.
 INSTRUCTIONS = (
     ("expand_shares.cuh", "prefetch", ""),
+    ("fragment.cuh", "mma.sync.aligned.m16n8k16.row.col.f32.bf16", "emulation::multiply<__nv_bfloat162>(d, a, b0, b1);"),
     ("fragment.cuh", "mma.sync", "emulation::multiply(d, a, b0, b1);"),
     ("fragment.cuh", "lop3", "selected = (bits & mask) | exponent;"),
     ("prefill_item.cuh", "bar.sync", "emulation::wait_at(1, 32 * kConsumers);"),
@@ -106,7 +107,7 @@ def _rewrite(folder: Path) -> None:
     edit("ring.cuh", r"#if defined[^\n]*\n\ntemplate.*?#endif\n", '#include "copies.cuh"\n')
     edit("stages.cuh", r"template <int kStages, int kConsumers.*?\n};\n", "")
     edit("prefill.cuh", r"#if DW_WGMMA\n.*#endif\n(?=\n}  // namespace prefill)", '#include "products.cuh"\n')
-    for name in ("dense_gemm.cu", "expand.cu", "prefill_gemm.cu", "shrink.cu"):
+    for name in ("base_gemm.cu", "dense_gemm.cu", "expand.cu", "prefill_gemm.cu", "shrink.cu"):
         edit(name, r"extern __shared__ [^;]*?(\w+)\[\];", r"unsigned char* \1 = emulation::shared_memory;")
     # Launches.
     started = "emulation::launch(grid.x, threads, [&] { kernel(arguments...); });\n  return cudaSuccess;\n"

@@ -39,12 +39,13 @@ extern "C" {
 #define DW_API
 #endif
 
-#define DW_ABI_VERSION 7
+#define DW_ABI_VERSION 8
 
 #define DW_MAX_BANDS 8
 #define DW_MAX_EXPERTS 8 /* of a fusion */
 #define DW_MAX_SLICES 4
 #define DW_MAX_TOKENS 2048
+#define DW_BASE_TOKENS 8 /* the most of a call that computes the base too */
 #define DW_MAX_RANK 4096
 #define DW_MAX_IN_FEATURES 32768
 #define DW_MAX_OUT_FEATURES 262144
@@ -265,12 +266,20 @@ DW_API dw_status dw_plan_tokens(const int32_t* slots, int32_t token_count, int32
 typedef struct dw_slice {
   int32_t parameter; /* row of the directory */
   int32_t out_features, out_offset;
-  void* y; /* [token_count, out_features], read and written */
+  void* y; /* [token_count, out_features], read and written; with a base only written */
   int64_t y_stride;
+  const void* base; /* of dw_delta_gemm and its halves: NULL, or the base's weight of these outputs,
+                       [out_features, in_features] of dtype, in all slices of a call or in none.
+                       Then y_s[t] = base_s x[t] + the delta, whatever y held. For at most
+                       DW_BASE_TOKENS tokens; x and base aligned to 16 bytes, in_features and both
+                       strides multiples of 8 */
+  int64_t base_stride;
 } dw_slice;
 
 /* y_s[t] += weights[t] * U^_s (sigma_s * (V^_s x[t])) for every slice s and every token t whose
- * slot has a factored record. */
+ * slot has a factored record; with the base's weights y_s[t] = base_s x[t] + that, for every token.
+ * The base's product and stage 1 run at the same time then, as one stream's kernels; they count in
+ * the plan how far they are, so calls with one plan must follow each other. */
 typedef struct dw_gemm {
   const void* arena;        /* device, 256-byte aligned */
   const int64_t* directory; /* device [parameter_count, slot_count, DW_DIRECTORY_FIELDS] */
@@ -288,17 +297,14 @@ typedef struct dw_gemm {
   size_t workspace_bytes;
   const float* weights; /* of token t at t * weights_stride; NULL for ones */
   int64_t weights_stride;
-  int32_t overwrite; /* of dw_delta_gemm and its halves, not in prefill: 1 for y_s[t] = instead of
-                        +=, zeros where a slot has no factored record. Meant for a host that
-                        computes the base's y at the same time on another stream: with few tokens
-                        part of the GPU is left to that */
 } dw_gemm;
 /* Reads sizes alone: pointers may be NULL. In prefill the workspace has room for 16-bit images of
  * the tokens, by tiles of 128 a slot. */
 DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
-/* The same in two calls with the same arguments: dw_delta_shrink reads x, and may have y NULL where
- * it is not overwritten; dw_delta_expand adds to y, and needs the workspace as the first left it.
+/* The same in two calls with the same arguments: dw_delta_shrink reads x, and may have y NULL
+ * unless it computes the base's product; dw_delta_expand adds to y, and needs the workspace as the
+ * first left it.
  * Not for prefill. For measuring a stage alone, and for what must lie between the two. */
 DW_API dw_status dw_delta_shrink(const dw_gemm* args, void* stream);
 DW_API dw_status dw_delta_expand(const dw_gemm* args, void* stream);

@@ -30,12 +30,6 @@ int multiprocessors() { return attribute(cudaDevAttrMultiProcessorCount); }
 int compute_major() { return attribute(cudaDevAttrComputeCapabilityMajor); }
 int shared_bytes() { return attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor); }
 int shared_bytes_a_block() { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
-// Measured on an H200 (cuda/NOTES.md): with few tokens both stages, with some more the
-// first, gain by it; with many the delta is what takes longer.
-int64_t blocks_beside(int token_count, int64_t all) {
-  if (token_count < 8) return std::min<int64_t>(all, multiprocessors() * 6 / 11);
-  return token_count < 16 ? all / 3 : all;
-}
 
 namespace {
 
@@ -64,7 +58,9 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_recor
   gemm.x_scale = in_place ? nullptr : reinterpret_cast<const float*>(workspace + cut.x_scale);
   gemm.token_weights = args.weights;
   gemm.token_weights_stride = args.weights_stride;
-  gemm.overwrite = args.overwrite != 0;
+  gemm.base_x = args.x;
+  gemm.base_x_stride = args.x_stride;
+  gemm.in_features = args.in_features;
   gemm.plan = static_cast<const int*>(args.plan);
   gemm.chunk_tokens = resolve_chunk(args.chunk_tokens, args.token_count);
   gemm.h = reinterpret_cast<float*>(workspace + cut.h);
@@ -83,8 +79,11 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_recor
     const dw_slice& slice = args.slices[s];
     gemm.slices[s] = {slice.parameter,  slice.out_features,
                       slice.out_offset, group_count(slice.out_features, slice.out_offset),
-                      slice.y,          slice.y_stride};
+                      slice.y,          slice.y_stride,
+                      slice.base,       slice.base_stride};
   }
+  gemm.base_blocks = base_blocks(gemm);
+  gemm.shrink_blocks = shrink_blocks(gemm);
   return gemm;
 }
 
@@ -125,6 +124,9 @@ dw_status run_shrink(const dw_gemm& args, const Workspace& cut, dw_record_kind r
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
   const Gemm gemm = describe(args, cut, in_place, record);
   if (record == DW_LORA) return check_launch(launch_lora_shrink(gemm, stream), "shrink of LoRAs");
+  if (gemm.slices[0].base != nullptr) {
+    DW_RETURN_IF_ERROR(check_launch(launch_base(gemm, stream), "base"));
+  }
   return check_launch(launch_shrink(gemm, stream), "shrink");
 }
 

@@ -101,11 +101,13 @@ struct Run {
   WarpRing& ring;
   int& place;          // in the ring, of the next step
   Turn<kNotes>& turn;  // of the team's notes
+  bool& base_done;     // y may be read
   int lane, member, team;
   int ahead_group, ahead_share = 0, ahead_step = 0;
 
   __device__ __forceinline__ Run(const Gemm& gemm, const Unit& unit, Mine& shared, __half* h,
-                                 int pitch, WarpRing& ring, int& place, Turn<kNotes>& turn)
+                                 int pitch, WarpRing& ring, int& place, Turn<kNotes>& turn,
+                                 bool& base_done)
       : gemm(gemm),
         unit(unit),
         shared(shared),
@@ -114,6 +116,7 @@ struct Run {
         ring(ring),
         place(place),
         turn(turn),
+        base_done(base_done),
         lane(threadIdx.x % 32),
         member(threadIdx.x / 32 % kTeam),
         team(threadIdx.x / 32 / kTeam),
@@ -191,6 +194,13 @@ struct Run {
     }
   }
 
+  // Before this warp reads y.
+  __device__ __forceinline__ void wait_for_base() {
+    if (lane == 0) wait_for_part(gemm, kBasePart, gemm.base_blocks);
+    __syncwarp();
+    base_done = true;
+  }
+
   // Leaves a part's sums, a few tokens at a time; the last part's warp adds all and updates y, a
   // lane four outputs.
   template <typename Sums>
@@ -220,6 +230,7 @@ struct Run {
         for (int token = 0; token < tokens; ++token) {
           T* row = static_cast<T*>(slice.y) +
                    token_at(gemm, unit.chunk.y + round + token) * slice.y_stride;
+          if (!base_done) wait_for_base();
           Outputs<T> outputs(row, n, slice.out_features);
           if (token == 0) notes.wait_full(turn);
           float delta[4] = {};
@@ -242,6 +253,13 @@ struct Run {
   }
 };
 
+// Stage 2's wait for stage 1; all threads call it.
+__device__ __forceinline__ void begin_reading(const Gemm& gemm) {
+  if (!has_base(gemm)) return after_previous();
+  if (threadIdx.x == 0) wait_for_part(gemm, kShrinkPart, gemm.shrink_blocks);
+  __syncthreads();
+}
+
 // Halves of h that a token takes: tokens 16 bytes apart in the banks' cycle of 128, so that eight
 // lanes read different ones.
 DW_HD constexpr int pitch_of(int ranks) { return ceil_div(ranks, 64) * 64 + 16; }
@@ -253,13 +271,13 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, resident<kTeam, kTeams>)
   extern __shared__ __align__(128) unsigned char memory[];
   auto& shared = *reinterpret_cast<Shared<kTeam, kTeams>*>(memory);
   __half* h = reinterpret_cast<__half*>(memory + sizeof(shared));
-  let_next_begin();
+  if (!has_base(gemm)) let_next_begin();
   WarpRing ring(shared.stage[threadIdx.x / 32][0], shared.barriers[threadIdx.x / 32]);
   Turn<kNotes> turn;
   int place = 0;
   if (threadIdx.x < kTeams) shared.notes[threadIdx.x].initialize();
   const Interval items = own_pieces(chunk_count(gemm) * groups);
-  bool waited = false;
+  bool waited = false, base_done = !has_base(gemm);
   for (int item = items.first; item < items.last;) {
     Unit unit = unit_at(gemm, item, items.last, groups);
     item += unit.last - unit.first;
@@ -272,8 +290,8 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, resident<kTeam, kTeams>)
     const int tokens = room / pitch;
     for (int left = unit.chunk.z; left > 0; left -= tokens, unit.chunk.y += tokens) {
       unit.chunk.z = min(left, tokens);
-      Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, ring, place, turn);
-      if (!waited) after_previous();
+      Run<T, kTeam, kTeams> run(gemm, unit, shared, h, pitch, ring, place, turn, base_done);
+      if (!waited) begin_reading(gemm);
       waited = true;
       run.make_h();
       if (unit.chunk.z <= kFewTokens) {
@@ -284,6 +302,7 @@ __global__ void __launch_bounds__(32 * kTeam * kTeams, resident<kTeam, kTeams>)
       __syncthreads();
     }
   }
+  if (has_base(gemm)) return end_call(gemm);
   if (!waited) after_previous();
 }
 
@@ -305,9 +324,7 @@ cudaError_t launch(const Gemm& gemm, int groups, cudaStream_t stream) {
           sizeof(Shared<kTeam, kTeams>) + 2 * pitch_of(intermediate_ranks(DW_MAX_RANK)) <= 99 << 10,
       "a token of the highest rank fits on sm_89 and sm_120");
   const int64_t most = static_cast<int64_t>(gemm.token_count) * groups;
-  // Of more tokens stage 1, which begins beside a product of the base, is the larger part of it.
-  int64_t all = static_cast<int64_t>(multiprocessors()) * resident<kTeam, kTeams>;
-  if (gemm.overwrite && gemm.token_count < 8) all = blocks_beside(gemm.token_count, all);
+  const int64_t all = static_cast<int64_t>(multiprocessors()) * resident<kTeam, kTeams>;
   const int grid = static_cast<int>(most < all ? most : all),
             room = room_for_h<kTeam, kTeams>(gemm);
   const int bytes = static_cast<int>(sizeof(Shared<kTeam, kTeams>)) + 2 * room;
@@ -321,7 +338,9 @@ cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   int groups = 0;
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
   const int items = gemm.token_count * groups;
-  const bool fits = room_for_h<16, 1>(gemm) >= pitch_of(gemm.ranks);
+  // Beside the base's product there is room for eight warps.
+  const bool fits =
+      gemm.slices[0].base == nullptr && room_for_h<16, 1>(gemm) >= pitch_of(gemm.ranks);
   if (fits && items <= 64) return launch<T, 16, 1>(gemm, groups, stream);
   const bool few = gemm.token_count < 64 && items <= 16 * multiprocessors();
   if (few || gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);

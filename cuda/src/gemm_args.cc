@@ -29,7 +29,6 @@ dw_status check_sizes(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_range("slot_count", args.slot_count, 1, INT32_MAX));
   DW_RETURN_IF_ERROR(check_range("parameter_count", args.parameter_count, 1, INT32_MAX));
   DW_RETURN_IF_ERROR(check_chunk(args.chunk_tokens));
-  DW_RETURN_IF_ERROR(check_range("overwrite", args.overwrite, 0, 1));
   for (int s = 0; s < args.slice_count; ++s) {
     const dw_slice& slice = args.slices[s];
     DW_RETURN_IF_ERROR(
@@ -41,13 +40,47 @@ dw_status check_sizes(const dw_gemm& args) {
   return DW_OK;
 }
 
+namespace {
+
+dw_status check_no_base(const dw_gemm& args, const char* product) {
+  for (int s = 0; s < args.slice_count; ++s) {
+    if (args.slices[s].base == nullptr) continue;
+    return fail(DW_ERROR_ARGUMENT, "base of slice ", s, " of ", product, ", expected NULL");
+  }
+  return DW_OK;
+}
+
+dw_status check_multiple(const char* what, int64_t value, int64_t of) {
+  if (value % of == 0) return DW_OK;
+  return fail(DW_ERROR_ARGUMENT, what, " ", value, ", expected a multiple of ", of);
+}
+
+// What the base's kernel reads as it is, an octet at a time.
+dw_status check_base(const dw_gemm& args) {
+  if (args.slices[0].base == nullptr) return check_no_base(args, "a call whose first has none");
+  DW_RETURN_IF_ERROR(check_range("token_count with a base", args.token_count, 1, DW_BASE_TOKENS));
+  DW_RETURN_IF_ERROR(check_multiple("in_features with a base", args.in_features, kOctet));
+  DW_RETURN_IF_ERROR(check_multiple("x_stride with a base", args.x_stride, kOctet));
+  DW_RETURN_IF_ERROR(check_aligned("x with a base", args.x, 2 * kOctet));
+  for (int s = 0; s < args.slice_count; ++s) {
+    const dw_slice& slice = args.slices[s];
+    DW_RETURN_IF_ERROR(check_aligned("base", slice.base, 2 * kOctet));
+    DW_RETURN_IF_ERROR(
+        check_range("base_stride", slice.base_stride, args.in_features, INT32_MAX / 16));
+    DW_RETURN_IF_ERROR(check_multiple("base_stride", slice.base_stride, kOctet));
+  }
+  return DW_OK;
+}
+
+}  // namespace
+
 dw_status check_dense(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_range("slice_count of a dense product", args.slice_count, 1, 1));
   DW_RETURN_IF_ERROR(check_sizes(args));
   if (args.weights != nullptr) {
     return fail(DW_ERROR_ARGUMENT, "weights of a dense product, expected NULL");
   }
-  DW_RETURN_IF_ERROR(check_range("overwrite of a dense product", args.overwrite, 0, 0));
+  DW_RETURN_IF_ERROR(check_no_base(args, "a dense product"));
   return check_pointers(args);
 }
 
@@ -64,12 +97,13 @@ dw_status check_decode(const dw_gemm& args, const char* lacking) {
 dw_status check_delta(const dw_gemm& args) {
   DW_RETURN_IF_ERROR(check_sizes(args));
   DW_RETURN_IF_ERROR(check_pointers(args));
-  return args.overwrite == 0 ? DW_OK : check_decode(args, "does not overwrite y");
+  return check_base(args);
 }
 
 dw_status check_half(const dw_gemm& args, bool needs_y) {
   DW_RETURN_IF_ERROR(check_sizes(args));
-  DW_RETURN_IF_ERROR(check_pointers(args, needs_y || args.overwrite != 0));
+  DW_RETURN_IF_ERROR(check_pointers(args, needs_y || args.slices[0].base != nullptr));
+  DW_RETURN_IF_ERROR(check_base(args));
   return check_decode(args, "has no halves");
 }
 
@@ -79,7 +113,7 @@ dw_status check_lora(const dw_gemm& args) {
     return fail(DW_ERROR_ARGUMENT, "no weights, expected float [token_count, ", DW_MAX_EXPERTS,
                 "]");
   }
-  DW_RETURN_IF_ERROR(check_range("overwrite of LoRAs", args.overwrite, 0, 0));
+  DW_RETURN_IF_ERROR(check_no_base(args, "LoRAs"));
   return check_pointers(args);
 }
 

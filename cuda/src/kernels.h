@@ -17,6 +17,8 @@ struct Slice {
   int projection, out_features, out_offset, groups;
   void* y;
   int64_t y_stride;
+  const void* base;  // weight; null where y is there already
+  int64_t base_stride;
 };
 
 // One call of dw_delta_gemm or dw_gated_lora as the device sees it.
@@ -34,7 +36,10 @@ struct Gemm {
   const float* token_weights;  // of token t at t * token_weights_stride, of LORA with a band's
                                // at its number behind it; null for 1
   int64_t token_weights_stride;
-  bool overwrite;  // y's old values are not read; others may use the GPU at the same time
+  int base_blocks, shrink_blocks;  // of threads, where the call computes the base's product too
+  const void* base_x;              // as the caller has it
+  int64_t base_x_stride;
+  int in_features;
   const int* plan;
   int chunk_tokens;
   float* h;           // [tiles, slices, tokens, ranks]
@@ -54,12 +59,15 @@ int multiprocessors();
 int compute_major();
 int shared_bytes();  // of a multiprocessor
 int shared_bytes_a_block();
-// Of a grid of `all` blocks of threads, how many leave a product of the base beside it room.
-int64_t blocks_beside(int token_count, int64_t all);
+
+// Of threads, in the kernels of a call that computes the base's product too.
+int base_blocks(const Gemm& gemm);
+int shrink_blocks(const Gemm& gemm);
 
 cudaError_t launch_plan(const int32_t* slots, int tokens, int slot_count, int chunk, int* plan,
                         cudaStream_t stream);
 cudaError_t launch_prepare(const dw_gemm& args, const Workspace& cut, cudaStream_t stream);
+cudaError_t launch_base(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_expand(const Gemm& gemm, cudaStream_t stream);
 cudaError_t launch_lora_shrink(const Gemm& gemm, cudaStream_t stream);

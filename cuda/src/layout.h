@@ -51,6 +51,7 @@
 namespace dw {
 
 constexpr int kGroup = 128;           // features of a block, and the smallest group of a grid
+constexpr int kOctet = 8;             // 16-bit values that are read together
 constexpr int kMaxBlockBytes = 2112;  // 16 ranks of 8 bits with their grid
 constexpr int kHeaderBytes = DW_ALIGNMENT;
 constexpr int kHeaderBands = 8;  // of a factored record's header: the first band's number
@@ -105,6 +106,8 @@ constexpr int kPlanInvalid = 1;
 constexpr int kPlanChunkTokens = 2;
 constexpr int kPlanPlaced = 3;  // tokens that have a slot
 constexpr int kPlanFew = 4;     // chunks of few-token slots
+constexpr int kPlanDone = 5;    // of a call's kernels that run at one time, blocks that are done
+constexpr int kPlanParts = 3;
 DW_HD int plan_order(int) { return kPlanHeader; }
 DW_HD int plan_rows(int tokens) { return kPlanHeader + static_cast<int>(round_up(tokens, 4)); }
 DW_HD int plan_chunks(int tokens) {

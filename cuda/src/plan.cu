@@ -83,6 +83,7 @@ __global__ void __launch_bounds__(kPlanThreads)
     plan[kPlanInvalid] = invalid;
     plan[kPlanChunkTokens] = chunk;
     plan[kPlanPlaced] = placed;
+    for (int part = 0; part < kPlanParts; ++part) plan[kPlanDone + part] = 0;
   }
   __threadfence();  // kernels that begin at this one's end read the plan before they wait
                     // (ring.cuh)

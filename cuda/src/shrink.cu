@@ -27,6 +27,8 @@
 // The launch's work is a unit for every (tokens of one tenant, slice, tile), all blocks of ranks of
 // each cut into quanta of equal cost. A block of threads takes an equal run of quanta, in batches
 // whose steps are listed first. Units count alike whatever they cost: nobody looks at all of them.
+#include <algorithm>
+
 #include "kernels.h"
 #include "ring.cuh"
 #include "shrink_lists.cuh"
@@ -235,6 +237,11 @@ struct Run {
   }
 };
 
+// Behind the base's product x is there (step.cuh).
+__device__ __forceinline__ void wait_for_input(const Gemm& gemm) {
+  if (!has_base(gemm)) after_previous();
+}
+
 template <typename T>
 __global__ void __launch_bounds__(kTeamThreads, kResident)
     shrink_kernel(const __grid_constant__ Gemm gemm) {
@@ -255,25 +262,32 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
     list_steps(gemm, shared.lists);
     __syncthreads();
     run.begin_batch();
-    if (!waited) begin_writing(gemm);
+    if (!waited) wait_for_input(gemm);
     waited = true;
     run.run_batch();
   }
-  if (!waited) begin_writing(gemm);
+  if (!waited) wait_for_input(gemm);
+  if (has_base(gemm)) end_part(gemm, kShrinkPart);
+}
+
+// With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end, or
+// for the base's product.
+int blocks_of(const Gemm& gemm) {
+  const int64_t most =
+      static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
+  const bool one = gemm.token_count < 8 || gemm.slices[0].base != nullptr;
+  return static_cast<int>(std::min<int64_t>(most, multiprocessors() * (one ? 1 : kResident)));
 }
 
 template <typename T>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
-  const int64_t most =
-      static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
-  // With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end.
-  const int64_t all = int64_t{multiprocessors()} * (gemm.token_count < 8 ? 1 : kResident);
-  const int64_t resident = gemm.overwrite ? blocks_beside(gemm.token_count, all) : all;
-  const int grid = static_cast<int>(most < resident ? most : resident);
-  return launch_dependent(shrink_kernel<T>, dim3(grid), kTeamThreads, sizeof(Shared), stream, gemm);
+  return launch_dependent(shrink_kernel<T>, dim3(blocks_of(gemm)), kTeamThreads, sizeof(Shared),
+                          stream, gemm);
 }
 
 }  // namespace
+
+int shrink_blocks(const Gemm& gemm) { return blocks_of(gemm); }
 
 cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream) {
   return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, stream)

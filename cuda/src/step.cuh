@@ -114,12 +114,12 @@ struct Interval {
 };
 
 // A block of threads' own of `count` pieces: all have as many, or one more.
-__device__ __forceinline__ Interval own_pieces(int count) {
-  const int blocks = gridDim.x, own = blockIdx.x, each = count / blocks,
-            more = count - each * blocks;
+__device__ __forceinline__ Interval own_pieces(int count, int own) {
+  const int blocks = gridDim.x, each = count / blocks, more = count - each * blocks;
   const int first = own * each + min(own, more);
   return {first, first + each + (own < more)};
 }
+__device__ __forceinline__ Interval own_pieces(int count) { return own_pieces(count, blockIdx.x); }
 
 template <typename T>
 __device__ __forceinline__ T add(T value, float delta);
@@ -163,25 +163,54 @@ struct Outputs {
   }
 };
 
-// Stage 1's wait for the kernel before it; behind it, zeros in the y of all slices of a call that
-// overwrites them. All threads of the launch call it.
-__device__ __forceinline__ void begin_writing(const Gemm& gemm) {
-  after_previous();
-  if (!gemm.overwrite) return;
-  for (int s = 0; s < gemm.slice_count; ++s) {
-    const Slice& slice = gemm.slices[s];
-    const int quads = ceil_div(slice.out_features, 4);
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < gemm.token_count * quads;
-         i += gridDim.x * blockDim.x) {
-      const int n = i % quads * 4;
-      uint16_t* to = static_cast<uint16_t*>(slice.y) + i / quads * slice.y_stride + n;
-      if (n + 4 <= slice.out_features && reinterpret_cast<uintptr_t>(to) % 8 == 0) {
-        *reinterpret_cast<uint2*>(to) = make_uint2(0, 0);
-        continue;
-      }
-      for (int k = 0; k < min(4, slice.out_features - n); ++k) to[k] = 0;
-    }
-  }
+// A call that computes the base's product too has three kernels that run at the same time:
+//
+//   base      asks for weights, waits for the kernels before it, and only then lets the next begin
+//   stage 1   finds x there when it begins
+//   stage 2   waits for all of stage 1 before it reads h, for all of the base before it reads y
+//
+// Each begins when all blocks of threads of the one before it run. None waits for one to end: they
+// count blocks that are done. So nobody waits for what cannot begin.
+enum Part { kBasePart, kShrinkPart, kExpandPart };
+
+__device__ __forceinline__ bool has_base(const Gemm& gemm) {
+  return gemm.slices[0].base != nullptr;
+}
+__device__ __forceinline__ int* done_of(const Gemm& gemm, Part part) {
+  return const_cast<int*>(gemm.plan) + kPlanDone + part;
+}
+
+// A block of threads has written all that others wait for.
+__device__ __forceinline__ void end_part(const Gemm& gemm, Part part) {
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  __threadfence();
+  atomicAdd(done_of(gemm, part), 1);
+}
+
+// One thread's; what the part has written can be read by those that this thread meets behind it.
+__device__ __forceinline__ void wait_for_part(const Gemm& gemm, Part part, int blocks) {
+#ifdef __CUDA_ARCH__
+  int done;
+  do {
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
+                 : "=r"(done)
+                 : "l"(done_of(gemm, part))
+                 : "memory");
+  } while (done < blocks);
+#endif
+}
+
+// Stage 2 is done: the last block of threads leaves the counts as they were. The kernels behind it
+// wait for it alone, so it waits for the others; and it lets none begin before, which would find
+// this call's counts.
+__device__ __forceinline__ void end_call(const Gemm& gemm) {
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  wait_for_part(gemm, kBasePart, gemm.base_blocks);
+  wait_for_part(gemm, kShrinkPart, gemm.shrink_blocks);
+  if (atomicAdd(done_of(gemm, kExpandPart), 1) + 1 < static_cast<int>(gridDim.x)) return;
+  for (int part = 0; part < kPlanParts; ++part) *done_of(gemm, static_cast<Part>(part)) = 0;
 }
 
 // Launches a kernel that may begin before its predecessor has ended (ring.cuh, after_previous).

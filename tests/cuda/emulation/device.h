@@ -90,13 +90,14 @@ auto exchange(Value value, Look look) {
 // mma.sync m16n8k16: d += a * b. Of the lane 4q + c the two halves of register r are: of a, row q
 // (and 8 more where r is odd), columns 2c and 2c + 1 (and 8 more where r > 1); of b, column q, rows
 // 2c and 2c + 1 (and 8 more where r is 1).
-inline void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+inline float2 floats_of(__half2 pair) { return __half22float2(pair); }
+inline float2 floats_of(__nv_bfloat162 pair) { return __bfloat1622float2(pair); }
+template <typename Pair = __half2>
+void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct {
     float2 a[4], b[2];
   } own;
-  const auto halves = [](uint32_t bits) {
-    return __half22float2(reinterpret_cast<const __half2&>(bits));
-  };
+  const auto halves = [](uint32_t bits) { return floats_of(reinterpret_cast<const Pair&>(bits)); };
   for (int r = 0; r < 4; ++r) own.a[r] = halves(a[r]);
   own.b[0] = halves(b0);
   own.b[1] = halves(b1);
