@@ -184,8 +184,13 @@ class Step:
             stream=self.arena.stream,
         )
 
-    def product(self, x: torch.Tensor, outputs: Sequence[tuple[int, torch.Tensor]]) -> tuple[Gemm, torch.Tensor]:
-        """The arguments of y += delta(x) for (parameter, y) pairs, and their workspace, to be kept alive."""
+    def product(
+        self, x: torch.Tensor, outputs: Sequence[tuple[int, torch.Tensor]], base: Sequence[torch.Tensor] = ()
+    ) -> tuple[Gemm, torch.Tensor]:
+        """The arguments of y += delta(x) for (parameter, y) pairs, and their workspace, to be kept alive.
+
+        With the base's weights, of y = base(x) + delta(x).
+        """
         arena = self.arena
         shape = arena.arena.parameters[outputs[0][0]]
         gemm = Gemm(
@@ -207,6 +212,8 @@ class Step:
         for place, (index, y) in enumerate(outputs):
             out_offset = arena.arena.parameters[index].out_offset
             gemm.slices[place] = Slice(index, y.shape[1], out_offset, y.data_ptr(), y.stride(0))
+        for place, weight in enumerate(base):
+            gemm.slices[place].base, gemm.slices[place].base_stride = weight.data_ptr(), weight.stride(0)
         workspace = poisoned(arena.library.workspace_bytes(gemm), 0xFF, arena.device)
         gemm.workspace = workspace.data_ptr()
         gemm.workspace_bytes = workspace.numel()

@@ -113,14 +113,6 @@ __device__ __forceinline__ void let_next_begin() {
 #endif
 }
 
-// What a thread wrote to shared memory comes before copies into it that are asked for behind a
-// barrier.
-__device__ __forceinline__ void before_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
 }  // namespace dw
 
 #endif  // DELTAWEAVE_SRC_RING_CUH_

@@ -156,23 +156,36 @@ def test_halves_give_the_same_bits(emulated, tokens):
     assert all(torch.equal(y, whole) for y, whole in zip(ys, setup.run(), strict=True))
 
 
-@pytest.mark.parametrize("name", ["preset", "two slices", "teams of four", "odd sizes", "odd shard"])
-def test_overwritten_outputs(emulated, name):
-    """Whatever they held: deltas alone, zeros for tokens of the base and of tenants without a record."""
-    case = DECODE[name]
+BASES = {
+    "one token": Case(tokens=1, slots=[0], outs=(128, 40, 17)),
+    "the base alone": Case(tokens=2, slots=[-1, -1], outs=(77,)),
+    "preset": Case(slots=[0, 1, -1, 2, 0], outs=(300, 77)),
+    "eight tokens bf16": Case(tokens=8, slots=[0, 2, 1, 0, 1, -1, 1, 1], in_features=1152, dtype="bfloat16"),
+    "ragged": Case(tokens=3, in_features=328, outs=(33, 5), bands=(RandomBand(3, 5), RandomBand(2, 3))),
+    "odd shard": Case(tokens=3, in_features=304, outs=(100,), group_offsets=(37, 21)),
+}
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_the_base_in_the_call(emulated, name):
+    """Whatever y held, for tokens without a tenant and of a tenant without a record too; again with the same plan."""
+    case = BASES[name]
     setup = Setup(emulated, case, "cpu")
-    setup.arena.directory[0, 1] = 0
-    whole = setup.run()
+    setup.arena.directory[0, 1:2] = 0
+    delta = torch.cat(setup.run(), dim=1)
     step = Step(setup.arena, setup.slots)
+    weight = placed(torch.randn(sum(case.outs), case.in_features).to(setup.x.dtype), "cpu")
     wide = placed(torch.full((case.tokens, sum(case.outs) + 3), torch.nan, dtype=setup.x.dtype), "cpu")
-    ys = wide[:, 3:].split(case.outs, dim=1)
     step.make_plan()
-    gemm, workspace = step.product(setup.x, list(enumerate(ys)))
-    gemm.overwrite = 1
+    outputs = list(enumerate(wide[:, 3:].split(case.outs, dim=1)))
+    gemm, workspace = step.product(setup.x, outputs, weight.split(case.outs))
+    emulated.delta_gemm(gemm)
+    first = wide[:, 3:].clone()
     emulated.delta_gemm(gemm)
     assert workspace.numel() == gemm.workspace_bytes
-    assert all(torch.equal(y, added) for y, added in zip(ys, whole, strict=True))
-    assert (ys[0][setup.slots == 1] == 0).all() and wide[:, :3].isnan().all()
+    assert torch.equal(first, wide[:, 3:]) and wide[:, :3].isnan().all()
+    expected = setup.x.double() @ weight.double().T + delta.double()
+    assert (first.double() - expected).norm() < TOLERANCE[case.dtype] * expected.norm()
 
 
 def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
@@ -186,11 +199,9 @@ def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
     step.make_plan()
     tensors = (setup.arena.buffer, setup.arena.directory, step.plan, setup.x)
     numbers = ([0, 1], setup.arena.max_rank, 37, [21, 21])
-    added, alone = ([torch.full((4, out), held, dtype=setup.x.dtype) for out in case.outs] for held in (0, torch.nan))
-    ops_cuda.Kernels.delta_gemm(*tensors, added, *numbers, None, False)
-    ops_cuda.Kernels.delta_gemm(*tensors, alone, *numbers, None, True)
-    for results in (added, alone):
-        assert all(torch.equal(y, right) for y, right in zip(results, expected, strict=True))
+    ys = [torch.zeros(4, out, dtype=setup.x.dtype) for out in case.outs]
+    ops_cuda.Kernels.delta_gemm(*tensors, ys, *numbers, None, None)
+    assert all(torch.equal(y, right) for y, right in zip(ys, expected, strict=True))
 
 
 @pytest.mark.parametrize(("tokens", "in_features"), [(11, 1152), (DENSE, 256)], ids=["decode", "prefill"])

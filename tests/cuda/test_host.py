@@ -289,7 +289,6 @@ def good_gemm(library):
         ("in_offset", -1, "in_offset -1"),
         ("chunk_tokens", 16, "chunk_tokens 16, expected 0, 8 or 128"),
         ("parameter_count", 1, "parameter of a slice 1, expected 0 to 0"),
-        ("overwrite", 2, "overwrite 2, expected 0 to 1"),
     ],
 )
 def test_bad_sizes_are_refused(library, field, value, message):
@@ -406,28 +405,74 @@ def test_halves_of_a_product(library):
         library.delta_shrink(gemm)
     with pytest.raises(LibraryError, match="y is"):
         library.delta_expand(gemm)
-    gemm.overwrite = 1
+    gemm.slices[0].base, gemm.slices[0].base_stride = 256, 256
     with pytest.raises(LibraryError, match="y is"):
         library.delta_shrink(gemm)
+    gemm.slices[0].base = None
     gemm.token_count, gemm.chunk_tokens, gemm.slot_count, gemm.slices[0].y = 256, 128, 4, 256
     gemm.workspace_bytes = library.workspace_bytes(gemm)
     with pytest.raises(LibraryError, match="256 tokens with chunk_tokens 128 are prefill, which has no halves"):
         library.delta_shrink(gemm)
 
 
-def test_who_overwrites_y(library):
-    """Decode of deltas alone: gated LoRAs and dense rows come behind them on the same y."""
+def with_base(library):
+    """The same of two slices that have weights of the base."""
     gemm = good_gemm(library)
-    gemm.overwrite = 1
-    with pytest.raises(LibraryError, match="overwrite of a dense product 1, expected 0"):
+    gemm.slice_count, gemm.slices[1] = 2, gemm.slices[0]
+    for place in range(2):
+        gemm.slices[place].base, gemm.slices[place].base_stride = 256, 256
+    gemm.workspace_bytes = library.workspace_bytes(gemm)
+    return gemm
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"token_count": 9}, "token_count with a base 9, expected 1 to 8"),
+        ({"in_features": 252}, "in_features with a base 252, expected a multiple of 8"),
+        ({"x_stride": 260}, "x_stride with a base 260, expected a multiple of 8"),
+        ({"x": 264}, "x with a base is not aligned to 16 bytes"),
+    ],
+)
+def test_bases_that_no_kernel_takes_are_refused(library, fields, message):
+    gemm = with_base(library)
+    for field, value in fields.items():
+        setattr(gemm, field, value)
+    gemm.workspace_bytes = library.workspace_bytes(gemm)
+    for call in (library.delta_gemm, library.delta_shrink):
+        with pytest.raises(LibraryError, match=message):
+            call(gemm)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("base", 264, "base is not aligned to 16 bytes"),
+        ("base", None, "base is null"),
+        ("base_stride", 248, "base_stride 248, expected 256 to"),
+        ("base_stride", 260, "base_stride 260, expected a multiple of 8"),
+    ],
+)
+def test_bad_weights_of_a_base_are_refused(library, field, value, message):
+    gemm = with_base(library)
+    setattr(gemm.slices[1], field, value)
+    with pytest.raises(LibraryError, match=message):
+        library.delta_gemm(gemm)
+
+
+def test_who_computes_the_base(library):
+    """Deltas alone: gated LoRAs and dense rows come behind them on the same y."""
+    gemm = with_base(library)
+    gemm.slices[0].base = None
+    with pytest.raises(LibraryError, match="base of slice 1 of a call whose first has none, expected NULL"):
+        library.delta_gemm(gemm)
+    gemm = good_gemm(library)
+    gemm.slices[0].base = 256
+    with pytest.raises(LibraryError, match="base of slice 0 of a dense product, expected NULL"):
         library.dense_gemm(gemm)
     gemm.weights, gemm.weights_stride = 256, 8
-    with pytest.raises(LibraryError, match="overwrite of LoRAs 1, expected 0"):
+    with pytest.raises(LibraryError, match="base of slice 0 of LoRAs, expected NULL"):
         library.gated_lora(gemm)
-    gemm.token_count, gemm.chunk_tokens, gemm.slot_count = 256, 128, 4
-    gemm.workspace_bytes = library.workspace_bytes(gemm)
-    with pytest.raises(LibraryError, match="256 tokens with chunk_tokens 128 are prefill, which does not overwrite y"):
-        library.delta_gemm(gemm)
 
 
 def test_build_without_a_cuda_compiler_is_skipped(tmp_path):
