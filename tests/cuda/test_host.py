@@ -512,7 +512,7 @@ def test_missing_library(monkeypatch, tmp_path):
 def test_structs_have_the_size_of_the_header():
     """Ctypes and C agree on layout: the sizes that deltaweave.h's structs have on 64-bit machines."""
     assert ctypes.sizeof(Record) == 4 * (5 + 3 * 8 + 4)
-    assert ctypes.sizeof(Gemm) == 8 * 2 + 4 * 8 + 8 * 3 + 8 + 4 * 32 + 16 + 16 + 8
+    assert ctypes.sizeof(Gemm) == 8 * 2 + 4 * 8 + 8 * 3 + 8 + 4 * 48 + 16 + 16
     assert ctypes.sizeof(RepackArgs) == 4 * 33 + 4 * 5 + 8 * 10
     assert ctypes.sizeof(Batch) == 8 * 4 + 4 * 4
     assert ctypes.sizeof(Norm) == 48 + 4 * 4 + 8 * 7
