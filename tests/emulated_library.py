@@ -31,7 +31,11 @@ HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "n
 # A file, an instruction in it by its first words, and C++ that means the same.
 INSTRUCTIONS = (
     ("expand_shares.cuh", "prefetch", ""),
-    ("fragment.cuh", "mma.sync.aligned.m16n8k16.row.col.f32.bf16", "emulation::multiply<__nv_bfloat162>(d, a, b0, b1);"),
+    (
+        "fragment.cuh",
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16",
+        "emulation::multiply<__nv_bfloat162>(d, a, b0, b1);",
+    ),
     ("fragment.cuh", "mma.sync", "emulation::multiply(d, a, b0, b1);"),
     ("fragment.cuh", "lop3", "selected = (bits & mask) | exponent;"),
     ("prefill_item.cuh", "bar.sync", "emulation::wait_at(1, 32 * kConsumers);"),

@@ -86,9 +86,7 @@ def products_of(
             weight = torch.randn((sum(widths), features), device="cuda", dtype=dtype) * 0.01
             indices = [tenants.index[layer, name, place] for place in range(len(widths))]
             outputs = list(zip(indices, y.split(widths, 1), strict=True))
-            added, whole = (step.product(x, outputs) for _ in range(2))
-            for place, part in enumerate(weight.split(widths)):
-                whole[0].slices[place].base, whole[0].slices[place].base_stride = part.data_ptr(), part.stride(0)
+            added, whole = (step.product(x, outputs, base) for base in ((), weight.split(widths)))
             group.append(Product(library, weight, x, y, read, added, whole))
         groups[name] = group
     return groups

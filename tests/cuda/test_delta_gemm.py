@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -160,6 +161,40 @@ def test_the_base_in_the_call(gpu_library, in_features, outs, tokens, dtype):
         graph.replay()
         torch.cuda.synchronize()
         assert torch.equal(y, first)
+
+
+@pytest.mark.parametrize("tokens", range(1, 9))
+def test_products_that_read_each_other(gpu_library, tokens):
+    """As a step's graph has them, under one plan: none may begin before the one in front of it is done."""
+    import torch
+    from device_arena import Step
+
+    slots = [0, 2, -1, 1, 0, 0, 2, 1][:tokens]
+    setup = Setup(gpu_library, Case(tokens=tokens, in_features=1024, outs=(1024,), slots=slots))
+    weight = torch.randn(1024, 1024, device="cuda").to(setup.x.dtype) / 32
+    step, xs = Step(setup.arena, setup.slots), [setup.x, *(torch.empty_like(setup.x) for _ in range(24))]
+    calls = [step.product(x, [(0, y)], [weight]) for x, y in pairwise(xs)]
+
+    def work() -> None:
+        step.make_plan()
+        for gemm, _workspace in calls:
+            gpu_library.delta_gemm(gemm, torch.cuda.current_stream().cuda_stream)
+
+    work()
+    seen = [x.clone() for x in xs]
+    for x, y in pairwise(seen):
+        setup.x.copy_(x)
+        wanted = setup.x.double() @ weight.double().T + torch.from_numpy(setup.expected(0)).cuda()
+        assert float((y.double() - wanted).norm() / wanted.norm()) < TOLERANCE["float16"]
+    setup.x.copy_(seen[0])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    for _ in range(20):
+        for x in xs[1:]:
+            x.fill_(float("nan"))
+        graph.replay()
+        assert all(torch.equal(x, first) for x, first in zip(xs, seen, strict=True))
 
 
 def test_a_tokens_base_does_not_depend_on_its_neighbours(gpu_library):

@@ -188,12 +188,13 @@ def test_the_base_in_the_call(emulated, name):
     assert (first.double() - expected).norm() < TOLERANCE[case.dtype] * expected.norm()
 
 
-def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
-    """The op of a GPU's host, without streams."""
+@pytest.mark.parametrize("in_features", [296, 300], ids=["base in the call", "base by torch"])
+def test_torch_ops_pass_their_arguments(emulated, monkeypatch, in_features):
+    """The op of a GPU's host, without streams; with the base's weights, whose rows a kernel may not be able to read."""
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: SimpleNamespace(cuda_stream=0))
     monkeypatch.setattr(ops_cuda, "native_library", lambda: emulated)
     monkeypatch.setattr(torch, "empty", lambda size, dtype, device: poisoned(size, 0xFF, "cpu"))  # aligned as on a GPU
-    case = Case(tokens=4, slots=[0, 2, -1, 1], in_features=300, outs=(100, 77), group_offsets=(37, 21))
+    case = Case(tokens=4, slots=[0, 2, -1, 1], in_features=in_features, outs=(100, 77), group_offsets=(37, 21))
     setup = Setup(emulated, case, "cpu")
     step, expected = Step(setup.arena, setup.slots), setup.run()
     step.make_plan()
@@ -202,6 +203,12 @@ def test_torch_ops_pass_their_arguments(emulated, monkeypatch):
     ys = [torch.zeros(4, out, dtype=setup.x.dtype) for out in case.outs]
     ops_cuda.Kernels.delta_gemm(*tensors, ys, *numbers, None, None)
     assert all(torch.equal(y, right) for y, right in zip(ys, expected, strict=True))
+    weight = placed(torch.randn(sum(case.outs), in_features).to(setup.x.dtype) / 100, "cpu")
+    base, whole = weight.split(case.outs), torch.full((4, sum(case.outs)), torch.nan, dtype=setup.x.dtype)
+    assert ops_cuda.takes_base(setup.x, base) == (in_features % 8 == 0)
+    ops_cuda.Kernels.delta_gemm(*tensors, whole.split(case.outs, dim=1), *numbers, None, base)
+    wanted = setup.x.double() @ weight.double().T + torch.cat(expected, dim=1).double()
+    assert (whole.double() - wanted).norm() < TOLERANCE[case.dtype] * wanted.norm()
 
 
 @pytest.mark.parametrize(("tokens", "in_features"), [(11, 1152), (DENSE, 256)], ids=["decode", "prefill"])
