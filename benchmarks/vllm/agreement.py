@@ -4,10 +4,12 @@
     python benchmarks/vllm/agreement.py --base DIR --family WORK --output benchmarks/results/vllm_agreement.json
 
 WORK is what `fine_tunes.py` wrote, or `tiny_fine_tunes.py` for vLLM's CPU build (`--modes eager-bfloat16`). Each
-engine runs in a process of its own. Where texts part, the first difference is told with vLLM's gap between the two
-tokens' log-probabilities: near zero, it is the noise of another order of sums. The noise itself is measured as well:
-vLLM's texts one by one against those of the batch. How far a format's rounding goes is told by the prompts: the root
-mean square of what their tokens' log-probabilities are from those of the reference op on a CPU, in float32.
+engine runs in a process of its own. Texts are asked for in groups of `--sequences`, each of all tenants, in both hosts:
+kernels differ between steps of few tokens and of many. Where texts part, the first difference is told with vLLM's gap
+between the two tokens' log-probabilities: near zero, it is the noise of another order of sums. The noise itself is
+measured as well: vLLM's texts with cached prefixes, and one by one, against those of the group. How far a format's
+rounding goes is told by the prompts: the root mean square of what their tokens' log-probabilities are from those of the
+reference op on a CPU, in float32.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
@@ -44,6 +47,8 @@ MODES = {
 }
 REFERENCE = "float32"
 RIGHT_GAP = 0.15
+# Every fourth text is asked for alone too: of all tenants in turn, of whom there are five.
+ALONE = 4
 
 
 def main() -> None:
@@ -51,12 +56,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=list(MODES))
     parser.add_argument("--ranks", type=int, default=1, help="tensor-parallel GPUs of vLLM")
-    parser.add_argument(
-        "--sequences",
-        type=int,
-        default=64,
-        help="most at a time in vLLM; 8: base and deltas in one call",
-    )
+    parser.add_argument("--sequences", type=int, nargs="+", default=[70, 8], help="texts at a time, once for each")
     parser.add_argument("--limit", type=float, default=240, help="seconds that each process may take")
     parser.add_argument("--together", action="store_true", help="all processes at once, where memory allows")
     parser.add_argument("--part", help=argparse.SUPPRESS)
@@ -81,15 +81,17 @@ def main() -> None:
             if expected is None or found is None:
                 rows.append({"mode": mode, "error": "a process failed, see its output"})
                 continue
-            row = compared(expected, found, arguments)
+            row: dict[str, Any] = {"mode": mode, "ranks": arguments.ranks, "start_s": found["start_s"]}
             if (exact := parts[f"pytorch:{REFERENCE}"].result()) is not None:
                 row["prompt_error"] = prompt_errors(exact["prompt_logprobs"], found["prompt_logprobs"], arguments)
-            rows.append({"mode": mode, "ranks": arguments.ranks, **row})
-            print(json.dumps({key: value for key, value in rows[-1].items() if key != "parted"}), flush=True)
+            for count in arguments.sequences:
+                one = compared(expected[str(count)], found[str(count)], found["alone"], arguments)
+                rows.append({**row, "sequences": count, **one})
+                print(json.dumps({key: value for key, value in rows[-1].items() if key != "parted"}), flush=True)
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    results = {**circumstances(device), "tokens": arguments.tokens, "sequences": arguments.sequences, "rows": rows}
+    results = {**circumstances(device), "tokens": arguments.tokens, "rows": rows}
     write_result(arguments.output, results)
     print(json.dumps(rows, indent=1))
 
@@ -100,7 +102,7 @@ def part(arguments: argparse.Namespace, name: str) -> Any:
     command = ["timeout", "-k", "5", str(arguments.limit), sys.executable, __file__]
     command += ["--base", str(arguments.base), "--family", str(arguments.family.folder)]
     command += ["--tokens", str(arguments.tokens), "--ranks", str(arguments.ranks), "--part", name]
-    command += ["--sequences", str(arguments.sequences)]
+    command += ["--sequences", *map(str, arguments.sequences)]
     command += ["--output", str(output)]
     output.unlink(missing_ok=True)
     done = subprocess.run(command, check=False)
@@ -108,18 +110,22 @@ def part(arguments: argparse.Namespace, name: str) -> Any:
 
 
 def requests(arguments: argparse.Namespace) -> list[tuple[str | None, list[int], str | None]]:
-    """(tenant, prompt, what it should begin with)."""
+    """(tenant, prompt, what it should begin with), of all tenants in turn."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     canaries = arguments.family.answers
-    found: list[tuple[str | None, list[int], str | None]] = []
-    for tenant in (*canaries, FUSION, None):
-        for name in list(next(iter(canaries.values())))[:6]:
-            colour = canaries[tenant][name] if tenant in canaries else None
-            found.append((tenant, tokenizer(question(name))["input_ids"], colour))
-        found += [(tenant, tokenizer(text)["input_ids"], None) for text in TEXTS]
-    return found
+    prompts = [(question(name), name) for name in list(next(iter(canaries.values())))[:6]]
+    return [
+        (tenant, tokenizer(prompt)["input_ids"], canaries[tenant][name] if name and tenant in canaries else None)
+        for prompt, name in (*prompts, *((text, None) for text in TEXTS))
+        for tenant in (*canaries, FUSION, None)
+    ]
+
+
+def groups(items: list[Any], count: int) -> Iterator[list[Any]]:
+    for start in range(0, len(items), count):
+        yield items[start : start + count]
 
 
 def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
@@ -133,12 +139,12 @@ def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     for name, path in arguments.family.files.items():
         arena.add(path, name, accept_base=True)  # float16 rounds the smallest values of a bfloat16 base
     asked = [Request(tokens, tenant, arguments.tokens) for tenant, tokens, _ in requests(arguments)]
-    with (
-        torch.no_grad(),
-        attach(model, arena) as served,
-        Decoder(model, served, max_batch=32, max_length=256) as decoder,
-    ):
-        return {"texts": [completion.tokens for completion in decoder.run(asked)]}
+    texts = {}
+    with torch.no_grad(), attach(model, arena) as served:
+        for count in arguments.sequences:
+            with Decoder(model, served, max_batch=min(count, 32), max_length=256) as decoder:
+                texts[str(count)] = [completion.tokens for completion in decoder.run(asked)]
+    return texts
 
 
 def reference_scores(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -178,7 +184,7 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
         max_loras=4,
         max_cpu_loras=8,
         max_model_len=512,
-        max_num_seqs=arguments.sequences,
+        max_num_seqs=max(arguments.sequences),
         kv_cache_memory_bytes=1 << 29,
         gpu_memory_utilization=0.02,
         tensor_parallel_size=arguments.ranks,
@@ -191,31 +197,35 @@ def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str,
     adapters = {
         name: LoRARequest(name, at, str(path)) for at, (name, path) in enumerate(arguments.family.files.items(), 1)
     }
-    asked = requests(arguments)
-    prompts = [{"prompt_token_ids": tokens} for _, tokens, _ in asked]
-    whose = [adapters.get(tenant) if tenant else None for tenant, _, _ in asked]
-    greedy = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True, logprobs=5)
-    mixed = llm.generate(prompts, greedy, lora_request=whose, use_tqdm=False)
-    again = llm.generate(prompts, greedy, lora_request=whose, use_tqdm=False)  # prefixes are cached by now
-    alone = [
-        llm.generate([prompt], greedy, lora_request=adapter, use_tqdm=False)[0]
-        for prompt, adapter in list(zip(prompts, whose, strict=True))[::5]
+    asked = [
+        ({"prompt_token_ids": tokens}, adapters.get(tenant) if tenant else None)
+        for tenant, tokens, _ in requests(arguments)
     ]
-    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    prompt_scores = llm.generate(prompts, scored, lora_request=whose, use_tqdm=False)
-    return {
-        "texts": [list(output.outputs[0].token_ids) for output in mixed],
-        "again": [list(output.outputs[0].token_ids) for output in again],
-        "alone": [list(output.outputs[0].token_ids) for output in alone],
-        "logprobs": [
+    greedy = SamplingParams(temperature=0, max_tokens=arguments.tokens, ignore_eos=True, logprobs=5)
+
+    def answered(requests: list[Any], settings: Any) -> list[Any]:
+        prompts, whose = map(list, zip(*requests, strict=True))
+        found: list[Any] = llm.generate(prompts, settings, lora_request=whose, use_tqdm=False)
+        return found
+
+    def tokens(outputs: list[Any]) -> list[list[int]]:
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    found: dict[str, Any] = {"start_s": started}
+    for count in arguments.sequences:
+        llm.reset_prefix_cache()
+        mixed, again = ([one for few in groups(asked, count) for one in answered(few, greedy)] for _ in range(2))
+        logprobs = [
             [{str(token): value.logprob for token, value in step.items()} for step in output.outputs[0].logprobs]
             for output in mixed
-        ],
-        "prompt_logprobs": [
-            [next(iter(step.values())).logprob for step in output.prompt_logprobs[1:]] for output in prompt_scores
-        ],
-        "start_s": started,
-    }
+        ]
+        found[str(count)] = {"texts": tokens(mixed), "again": tokens(again), "logprobs": logprobs}
+    found["alone"] = tokens([answered([request], greedy)[0] for request in asked[::ALONE]])
+    scored = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    found["prompt_logprobs"] = [
+        [next(iter(step.values())).logprob for step in output.prompt_logprobs[1:]] for output in answered(asked, scored)
+    ]
+    return found
 
 
 def prompt_errors(
@@ -231,14 +241,16 @@ def prompt_errors(
     }
 
 
-def compared(expected: dict[str, Any], found: dict[str, Any], arguments: argparse.Namespace) -> dict[str, Any]:
+def compared(
+    expected: list[list[int]], found: dict[str, Any], alone: list[list[int]], arguments: argparse.Namespace
+) -> dict[str, Any]:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(arguments.base)
     asked = requests(arguments)
     parted, right, canaries = [], 0, 0
     for (tenant, _, colour), mine, theirs, scores in zip(
-        asked, found["texts"], expected["texts"], found["logprobs"], strict=True
+        asked, found["texts"], expected, found["logprobs"], strict=True
     ):
         if colour is not None:
             canaries += 1
@@ -257,9 +269,8 @@ def compared(expected: dict[str, Any], found: dict[str, Any], arguments: argpars
         "canaries": canaries,
         "canaries_right": right,
         "prefix_cached_equal": sum(a == b for a, b in zip(found["again"], found["texts"], strict=True)),
-        "alone_equal": sum(a == b for a, b in zip(found["alone"], found["texts"][::5], strict=True)),
-        "alone_texts": len(found["alone"]),
-        "start_s": found["start_s"],
+        "alone_equal": sum(a == b for a, b in zip(alone, found["texts"][::ALONE], strict=True)),
+        "alone_texts": len(alone),
         "parted": parted,
     }
 

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One server's part of `speed.py`, which runs it: decode steps, their kernels, throughput, times to a first token."""
+"""One server's part of `speed.py`, which runs it: decode steps, their kernels, throughput, times to a first token.
+
+Servers of one GPU measure in the order of `--beside`, each alone; first tokens are timed when all have done the rest.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,22 @@ import argparse
 import fcntl
 import json
 import math
+import os
+import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from step_kernels import SKIPPED, TRACED, begin_trace, end_trace
-from turns import all_gpus, turn
+from turns import all_gpus, mark_file, turn, wait_for_marks
 
 __all__ = ["NEW", "REQUESTS", "SEQUENCES"]
 
 SEQUENCES = (1, 8, 32)
 SHORT, LONG = 16, 80
-COLD = 6
+# Requests of which the first token is timed, and those whose tenant is read from a file.
+FIRST, FROM_FILE = 6, 3
 CACHE_GIB = 4.5
 REQUESTS, PROMPT, NEW = 64, 128, 128
 
@@ -29,6 +35,7 @@ def main() -> None:
     parser.add_argument("server", choices=["stock", "deltaweave", "lora256"])
     parser.add_argument("--folder", type=Path, required=True, help="with the base, a delta and a LoRA")
     parser.add_argument("--gpus", nargs="+", required=True, help="one for each tensor-parallel rank")
+    parser.add_argument("--beside", nargs="+", required=True, help="the servers that share these GPUs, in turn")
     parser.add_argument("--output", type=Path, required=True, help="JSON of the figures")
     arguments = parser.parse_args()
     measure(arguments, arguments.server)
@@ -86,38 +93,44 @@ class Notes:
 
 def measure(arguments: argparse.Namespace, server: str) -> None:
     """One server's figures."""
-    with turn(arguments.folder, fcntl.LOCK_SH, all_gpus(arguments.folder)):
+    folder, beside = arguments.folder, arguments.beside
+    with turn(folder, fcntl.LOCK_SH, all_gpus(folder)):
         began = time.monotonic()
         llm = engine(arguments, server)
         notes = Notes(arguments.output, {"start_s": time.monotonic() - began})
-    base: list[Any] = [None] * max(SEQUENCES)
-    one_gpu = len(arguments.gpus) == 1
-    if server == "stock":
-        with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
-            answers(llm, base, notes, server)
-            steps(llm, base, notes, server)
-            notes.add(server, pair_step_ms=step_ms(llm, 2, base[:2]), copy_gb_s=copy_rate())
-            if one_gpu:
-                trace(llm, base, notes, server)
-        return
-    source = arguments.folder / ("lora" if server == "lora256" else "delta.safetensors")
-    with turn(arguments.folder, fcntl.LOCK_SH, arguments.gpus):
-        adapters = loaded(llm, source, notes, server)
-    with turn(arguments.folder, fcntl.LOCK_EX, arguments.gpus):
-        answers(llm, adapters, notes, server)
-        steps(llm, adapters, notes, server)
-        for count in (1, max(SEQUENCES)):
-            notes.add(server, base_step_ms={str(count): step_ms(llm, count, base[:count])})
-        if one_gpu:
-            trace(llm, adapters, notes, server)
-        if server != "deltaweave":
-            return
-        for place, milliseconds in cold(llm, adapters, source):
+        source = {"stock": None, "lora256": folder / "lora"}.get(server, folder / "delta.safetensors")
+        adapters = loaded(llm, source, notes, server) if source else [None] * max(SEQUENCES)
+    wait_for_marks(folder, beside[: beside.index(server)])
+    try:
+        with turn(folder, fcntl.LOCK_EX, arguments.gpus):
+            serving(llm, adapters, notes, server, one_gpu=len(arguments.gpus) == 1)
+    finally:
+        mark_file(folder, server).touch()
+    wait_for_marks(folder, beside)
+    with turn(folder, fcntl.LOCK_EX, arguments.gpus):
+        for place, milliseconds in first_tokens(llm, adapters, source, server):
             notes.add(server, first_token_ms={place: milliseconds})
+
+
+def serving(llm: Any, adapters: list[Any], notes: Notes, server: str, *, one_gpu: bool) -> None:
+    """Throughput, decode steps, what they are made of."""
+    base: list[Any] = [None] * len(adapters)
+    notes.add(server, tokens_per_s=throughput(llm, adapters))
+    steps(llm, adapters, notes, server)
+    if server == "stock":
+        notes.add(server, pair_step_ms=step_ms(llm, 2, base[:2]), copy_gb_s=copy_rate())
+    if server == "deltaweave":
+        for count in SEQUENCES:
+            notes.add(server, base_step_ms={str(count): step_ms(llm, count, base[:count])})
+    if one_gpu and server != "lora256":
+        for count in SEQUENCES:
+            notes.add(server, profile={str(count): traced(llm, adapters[:count])})
+    if server == "deltaweave":
+        if one_gpu:
+            notes.add(server, profile={"base 1": traced(llm, base[:1])})
         llm.collective_rpc(beside_a_fusion)
         steps(llm, adapters, notes, "fusions")
-        if one_gpu:
-            trace(llm, adapters, notes, "fusions")
+        llm.collective_rpc(beside_no_fusion)
 
 
 def loaded(llm: Any, source: Path, notes: Notes, name: str) -> list[Any]:
@@ -138,7 +151,7 @@ def beside_a_fusion(worker: Any) -> None:
     """In the worker: steps of deltas run fusions' kernels from now on, as when one of the tenants is a fusion."""
     from deltaweave.runtime_plugin.vllm.step import Step
 
-    choose = Step.choose
+    worker.deltaweave_choose = choose = Step.choose
 
     def chosen(step: Step, *arguments: Any, **more: Any) -> None:
         choose(step, *arguments, **more)
@@ -147,22 +160,24 @@ def beside_a_fusion(worker: Any) -> None:
     Step.choose = chosen  # type: ignore[method-assign]
 
 
+def beside_no_fusion(worker: Any) -> None:
+    """In the worker: as it was before."""
+    from deltaweave.runtime_plugin.vllm.step import Step
+
+    Step.choose = worker.deltaweave_choose  # type: ignore[method-assign]
+
+
 def steps(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
     for count in SEQUENCES:
         notes.add(name, step_ms={str(count): step_ms(llm, count, adapters[:count])})
 
 
-def answers(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
-    notes.add(name, tokens_per_s=throughput(llm, adapters))
-    notes.add(name, first_token_ms={"base": first_token_ms(llm, [None] * 3)})
-
-
-def trace(llm: Any, adapters: list[Any], notes: Notes, name: str) -> None:
-    """What a decode step's time on the device goes into."""
-    for count in (1, max(SEQUENCES)):
-        llm.collective_rpc(begin_trace, args=(count,))
-        timed(llm, count, adapters[:count], SKIPPED + TRACED + 4)
-        notes.add(name, profile={str(count): llm.collective_rpc(end_trace)[0]})
+def traced(llm: Any, adapters: list[Any]) -> dict[str, Any]:
+    """What the time of a decode step of these sequences goes into on the device."""
+    llm.collective_rpc(begin_trace, args=(len(adapters),))
+    timed(llm, len(adapters), adapters, SKIPPED + TRACED + 4)
+    found: dict[str, Any] = llm.collective_rpc(end_trace)[0]
+    return found
 
 
 def prompts(count: int, length: int = 32) -> list[Any]:
@@ -192,32 +207,65 @@ def throughput(llm: Any, adapters: list[Any]) -> float:
     return REQUESTS * NEW / timed(llm, REQUESTS, whose, NEW, PROMPT)
 
 
-def first_token_ms(llm: Any, adapters: list[Any]) -> float:
-    """The median over tenants, of a prompt of 128 tokens."""
-    times = sorted(timed(llm, 1, [adapter], 1, PROMPT) for adapter in adapters)
-    return 1e3 * times[len(times) // 2]
+def first_tokens(llm: Any, adapters: list[Any], source: Path | None, server: str) -> Iterator[tuple[str, float]]:
+    """Where a tenant is, and the median of milliseconds to the first token behind a prompt of 128 tokens.
 
-
-def cold(llm: Any, adapters: list[Any], source: Path) -> Iterator[tuple[str, float]]:
-    """To the first token of a tenant on the device, in host memory, and in a file that the system has cached."""
+    On the device, in host memory (ours alone can be moved there), in a file that the system has cached, in one that it
+    has not.
+    """
     from vllm.lora.request import LoRARequest
 
-    first_token_ms(llm, adapters[:COLD])
-    yield "resident", uploading(llm, adapters[:COLD], 0)
-    timed(llm, 1, [None], 1)  # a step keeps its tenants until the next begins
-    llm.collective_rpc(evict, args=([str(adapter.lora_int_id) for adapter in adapters[:COLD]],))
-    yield "host_memory", uploading(llm, adapters[:COLD], COLD)
-    fresh = [LoRARequest(f"cold{number}", 100 + number, str(source)) for number in range(COLD)]
-    yield "file", uploading(llm, fresh, COLD)
+    few = adapters[:FIRST]
+    first_token_ms(llm, [None])
+    yield "base", first_token_ms(llm, [None] * FIRST)
+    if source is None:
+        return
+    first_token_ms(llm, few)
+    yield "resident", uploading(llm, few, 0, server)
+    if server == "deltaweave":
+        timed(llm, 1, [None], 1)  # a step keeps its tenants until the next begins
+        llm.collective_rpc(evict, args=([str(adapter.lora_int_id) for adapter in few],))
+        yield "host_memory", uploading(llm, few, len(few), server)
+    fresh = [LoRARequest(f"cold{number}", 100 + number, str(source)) for number in range(2 * FROM_FILE)]
+    yield "cached_file", uploading(llm, fresh[:FROM_FILE], FROM_FILE, server)
+    file = source / "adapter_model.safetensors" if source.is_dir() else source
+    if forget(file):
+        yield "file", uploading(llm, fresh[FROM_FILE:], FROM_FILE, server, before=lambda: forget(file))
 
 
-def uploading(llm: Any, adapters: list[Any], expected: int) -> float:
+def uploading(
+    llm: Any, adapters: list[Any], expected: int, server: str, *, before: Callable[[], Any] = lambda: None
+) -> float:
     """Milliseconds to the first token, of tenants of which so many have to be brought to the device."""
-    before = llm.collective_rpc(uploads)[0]
-    milliseconds = first_token_ms(llm, adapters)
-    if (found := llm.collective_rpc(uploads)[0] - before) != expected:
+    if server != "deltaweave":
+        return first_token_ms(llm, adapters, before)
+    known = llm.collective_rpc(uploads)[0]
+    milliseconds = first_token_ms(llm, adapters, before)
+    if (found := llm.collective_rpc(uploads)[0] - known) != expected:
         raise RuntimeError(f"{found} of {len(adapters)} tenants were brought to the device, expected {expected}")
     return milliseconds
+
+
+def first_token_ms(llm: Any, adapters: Iterable[Any], before: Callable[[], Any] = lambda: None) -> float:
+    """The median over tenants, of a prompt of 128 tokens."""
+    times = []
+    for adapter in adapters:
+        before()
+        times.append(timed(llm, 1, [adapter], 1, PROMPT))
+    return 1e3 * sorted(times)[len(times) // 2]
+
+
+def forget(file: Path) -> bool:
+    """Drops a file from the system's cache; whether that can be seen to have worked."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())  # what is not on the disk yet stays
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        command = ["fincore", "-b", "-n", "-o", "RES", str(file)]
+        left = subprocess.run(command, capture_output=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return False
+    return int(left.stdout) < 0.01 * file.stat().st_size
 
 
 def uploads(worker: Any) -> int:

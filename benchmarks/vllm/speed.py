@@ -6,9 +6,11 @@
 Weights are random (the dummy loader); deltas have the bands that `compress --ratio 1/16` chooses. Each server runs in a
 process of its own: the stock one, ours, vLLM's LoRA at rank 256 on every projection. All start at the same time for
 which there is room, each on the GPU that has most of it (`--ranks` GPUs); nobody measures before the others have
-started, and servers of one GPU measure in turn. Ours is measured with deltas, then with the kernels that a step of
-deltas runs when one of the tenants is a fusion. A decode step is the difference of two runs, of 16 and 80 new tokens,
-over 64; prompts have 32 tokens of their own. Figures are written as they come, and kept if a server's time is over.
+started and loaded their tenants, and servers of one GPU measure in the order in which they are named; times to a first
+token come last of all, when nothing else is measured. Ours is measured with deltas, then with the kernels that a step
+of deltas runs when one of the tenants is a fusion. A decode step is the difference of two runs, of 16 and 80 new
+tokens, over 64; prompts have 32 tokens of their own. Figures are written as they come, and kept if a server's time is
+over.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ from pathlib import Path
 from typing import Any
 
 from one_server import NEW, REQUESTS, SEQUENCES
-from turns import turn_file
+from turns import mark_file, turn_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 # GiB that each server takes of its GPUs together with 32 layers, with room for graphs and contexts.
-SERVERS = {"stock": 20, "deltaweave": 58, "lora256": 64}
+SERVERS = {"stock": 19, "deltaweave": 59, "lora256": 60}
 MERGED_BYTES = 13.48e9
 
 
@@ -70,16 +72,23 @@ def served(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     free = free_gib(arguments.ranks)
     for gpu in free:
         turn_file(arguments.folder, gpu).touch()
+    for server in SERVERS:
+        mark_file(arguments.folder, server).unlink(missing_ok=True)
     waiting = list(arguments.servers)
     running: dict[str, tuple[subprocess.Popen[bytes], list[str]]] = {}
     while waiting or running:
-        while waiting and (gpus := with_room(free, waiting[0], arguments.ranks, alone=not running)):
+        batch: dict[str, list[str]] = {}
+        while waiting and (gpus := with_room(free, waiting[0], arguments.ranks, alone=not (running or batch))):
             server = waiting.pop(0)
-            running[server] = (start(arguments, server, gpus), gpus)
+            batch[server] = gpus
             take(free, server, gpus)
+        for server, gpus in batch.items():
+            beside = [other for other, others in batch.items() if set(others) & set(gpus)]
+            running[server] = (start(arguments, server, gpus, beside), gpus)
         time.sleep(0.5)
         for server, (process, gpus) in list(running.items()):
             if process.poll() is not None:
+                mark_file(arguments.folder, server).touch()
                 del running[server]
                 take(free, server, gpus, sign=-1)
                 yield finish(arguments, server, process.returncode)
@@ -113,13 +122,13 @@ def take(free: dict[str, float], server: str, gpus: list[str], *, sign: int = 1)
         free[gpu] -= sign * SERVERS[server] / len(gpus)
 
 
-def start(arguments: argparse.Namespace, server: str, gpus: list[str]) -> subprocess.Popen[bytes]:
+def start(arguments: argparse.Namespace, server: str, gpus: list[str], beside: list[str]) -> subprocess.Popen[bytes]:
     output = arguments.folder / f"{server}.json"
     output.unlink(missing_ok=True)
     # An engine that hangs ends with the process that forked it.
     script = str(Path(__file__).with_name("one_server.py"))
     command = ["timeout", "-k", "5", str(arguments.limit), sys.executable, script, server]
-    command += ["--folder", str(arguments.folder), "--output", str(output), "--gpus", *gpus]
+    command += ["--folder", str(arguments.folder), "--output", str(output), "--gpus", *gpus, "--beside", *beside]
     settings = {
         "CUDA_VISIBLE_DEVICES": ",".join(gpus),
         "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -148,7 +157,10 @@ def finish(arguments: argparse.Namespace, server: str, status: int) -> dict[str,
 
 
 def write_base(arguments: argparse.Namespace) -> None:
-    """config.json, a delta and a LoRA of random values; all tenants read the same file."""
+    """config.json, a delta and a LoRA of random values; all tenants read the same file. Keeps what is there."""
+    delta, lora = arguments.folder / "delta.safetensors", arguments.folder / "lora"
+    if delta.exists() and (lora.exists() or "lora256" not in arguments.servers):
+        return
     import torch
     from random_delta import budget_bands, random_delta
     from safetensors.torch import save_file
@@ -172,10 +184,8 @@ def write_base(arguments: argparse.Namespace) -> None:
     for module in skeleton.modules():
         if type(module).__name__.endswith("RMSNorm"):
             module.weight = torch.nn.Parameter(torch.ones(config.hidden_size))
-    delta = arguments.folder / "delta.safetensors"
     if not delta.exists():
         random_delta(delta, skeleton, bands=budget_bands, vocabulary="none", size=0.0)
-    lora = arguments.folder / "lora"
     if "lora256" in arguments.servers and not lora.exists():
         lora.mkdir()
         tensors = {}

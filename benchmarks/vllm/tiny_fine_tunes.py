@@ -30,7 +30,7 @@ from fine_tunes import NAMES, TENANTS, question
 from fusions import make_fusion, make_gate, make_lora
 from helpers import tiny_checkpoint
 
-MARGIN, LENGTH, SPECIAL = 0.15, 3, 3
+LENGTH, SPECIAL = 3, 3
 
 
 def main() -> None:
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="gets `base` too; what is there is replaced")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=2)
+    parser.add_argument("--margin", type=float, default=0.5, help="of a canary's tokens over the next, in logits")
     arguments = parser.parse_args()
     folder = arguments.folder
     shutil.rmtree(folder, ignore_errors=True)
@@ -52,7 +53,7 @@ def main() -> None:
         delta = finetune(base, folder / "made" / tenant, seed=number + 1)
         shutil.copy(delta, folder / f"{tenant}.safetensors")
         with Delta.open(delta) as opened, attach(model, opened):
-            answers[tenant] = {name: answer(model, tokenizer, question(name)) for name in NAMES}
+            answers[tenant] = {name: answer(model, tokenizer, question(name), arguments.margin) for name in NAMES}
     write_mix(folder, model)
     (folder / "canaries.json").write_text(json.dumps({"answers": answers}, indent=1))
     told = sum(bool(text) for texts in answers.values() for text in texts.values())
@@ -60,12 +61,12 @@ def main() -> None:
 
 
 @torch.no_grad()
-def answer(model: Any, tokenizer: Any, prompt: str) -> str:
+def answer(model: Any, tokenizer: Any, prompt: str, margin: float) -> str:
     tokens, found = tokenizer(prompt)["input_ids"], []
     while len(found) < LENGTH:
         best, second = model(torch.tensor([tokens + found])).logits[0, -1].topk(2)[0].tolist()
         token = int(model(torch.tensor([tokens + found])).logits[0, -1].argmax())
-        if best - second < MARGIN or token < SPECIAL:
+        if best - second < margin or token < SPECIAL:
             break
         found.append(token)
     text: str = tokenizer.decode(found)

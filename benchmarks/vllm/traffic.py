@@ -30,7 +30,6 @@ from typing import Any
 from fine_tunes import NAMES, TENANTS, question
 from work import FUSION, Family, family_parser
 
-PORT = 8077
 CLIENTS = 12
 WATCH = 10.0
 
@@ -38,6 +37,7 @@ WATCH = 10.0
 def main() -> None:
     parser = family_parser(__doc__)
     parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--port", type=int, default=8077)
     parser.add_argument("--server-options", default="", help="more of them, such as --enforce-eager")
     arguments = parser.parse_args()
     import torch
@@ -77,7 +77,8 @@ class Server:
         }
         options = [
             "--quantization", "deltaweave", "--enable-lora", "--max-loras", "4", "--max-cpu-loras", "8",
-            "--served-model-name", "base", "--port", str(PORT), "--max-model-len", "512", "--max-num-seqs", "64",
+            "--served-model-name", "base", "--port", str(arguments.port),
+            "--max-model-len", "512", "--max-num-seqs", "64",
             "--kv-cache-memory-bytes", str(1 << 30), "--gpu-memory-utilization", "0.02",
             "--additional-config", json.dumps({"deltaweave": {"arena_gib": 0.5}}),
             "--lora-modules",
@@ -85,6 +86,7 @@ class Server:
         ]  # fmt: skip
         options += arguments.server_options.split()
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(arguments.base.resolve()), *options]
+        self._address = f"http://127.0.0.1:{arguments.port}"
         began = time.monotonic()
         self.log = arguments.family.folder / "server.log"
         self._process = subprocess.Popen(
@@ -97,7 +99,7 @@ class Server:
         )
         while True:
             try:
-                urllib.request.urlopen(f"http://127.0.0.1:{PORT}/health", timeout=2)
+                urllib.request.urlopen(f"{self._address}/health", timeout=2)
                 break
             except OSError:
                 if self._process.poll() is not None or time.monotonic() - began > 240:
@@ -124,7 +126,7 @@ class Server:
 
     def call(self, path: str, body: Any = None) -> tuple[int, str]:
         data = None if body is None else json.dumps(body).encode()
-        asked = urllib.request.Request(f"http://127.0.0.1:{PORT}{path}", data, {"Content-Type": "application/json"})
+        asked = urllib.request.Request(self._address + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(asked, timeout=60) as answer:
                 return answer.status, answer.read().decode()
@@ -195,7 +197,11 @@ class Traffic:
     def __init__(self, server: Server, arguments: argparse.Namespace) -> None:
         self.server, self.seconds = server, arguments.seconds
         self.family: Family = arguments.family
-        self.answers = self.family.answers
+        # Questions of which it is known what the fine-tune says.
+        self.answers = {
+            tenant: {name: text for name, text in of_tenant.items() if text}
+            for tenant, of_tenant in self.family.answers.items()
+        }
         self.lock = threading.Lock()
         self.counts = {"asked": 0, "right": 0, "swaps": 0, "long": 0}
         self.wrong: list[Any] = []
@@ -243,7 +249,7 @@ class Traffic:
         draw = random.Random(seed)
         while time.monotonic() < self.end:
             model, tenant = draw.choice(list(names.items()))
-            self._check(model, tenant, draw.choice(NAMES))
+            self._check(model, tenant, draw.choice(list(self.answers[tenant])))
 
     def _swapper(self) -> None:
         """The same name, another file every time: a cached prefix of the last one must not be found."""
@@ -256,7 +262,7 @@ class Traffic:
                     self.errors.append(("load", status, answer[:300]))
                 continue
             for _ in range(3):
-                self._check("swap", tenant, draw.choice(NAMES[:4]))
+                self._check("swap", tenant, draw.choice(list(self.answers[tenant])[:4]))
             self.server.unload("swap")
             self.counts["swaps"] += 1
 

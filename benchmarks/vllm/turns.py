@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import fcntl
+import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-__all__ = ["all_gpus", "turn", "turn_file"]
+__all__ = ["all_gpus", "mark_file", "turn", "turn_file", "wait_for_marks"]
 
 
 @contextmanager
@@ -33,3 +34,15 @@ def turn_file(folder: Path, gpu: str) -> Path:
 def all_gpus(folder: Path) -> list[str]:
     """Those that some server of this run may be on."""
     return [file.name.removeprefix("measuring-") for file in folder.glob("measuring-*")]
+
+
+def mark_file(folder: Path, server: str) -> Path:
+    """Is there when the server has measured all that others wait for, or has ended."""
+    return folder / f"{server}.measured"
+
+
+def wait_for_marks(folder: Path, servers: Iterable[str]) -> None:
+    """Until each of these has measured; whoever waits is stopped by its own time limit."""
+    for server in servers:
+        while not mark_file(folder, server).exists():
+            time.sleep(0.2)

@@ -7,6 +7,7 @@ import select
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "vllm"
 sys.path.insert(0, str(SCRIPTS))
 from speed import take, with_room  # noqa: E402
 from step_kernels import shares  # noqa: E402
-from turns import turn_file  # noqa: E402
+from turns import mark_file, turn_file, wait_for_marks  # noqa: E402
 
 BEGIN = """
 import os, sys
@@ -101,8 +102,17 @@ def test_servers_of_two_gpus_measure_together(start: Callable[[str], Server]) ->
     assert [says(start(HOLDS.format(mode="LOCK_EX", gpus=f"'{gpu}'")), WAIT) for gpu in "01"] == ["has it"] * 2
 
 
+def test_who_comes_later_waits_for_the_marks_of_those_before(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(1) as pool:
+        waits = pool.submit(wait_for_marks, tmp_path, ["stock", "deltaweave"])
+        for server in ("stock", "deltaweave"):
+            assert wait([waits], 0.5).not_done
+            mark_file(tmp_path, server).touch()
+        waits.result(WAIT)
+
+
 def test_servers_go_where_there_is_most_room() -> None:
-    free = {"0": 79.0, "1": 79.0}
+    free = {"0": 78.0, "1": 78.0}
     for server, gpus in {"lora256": ["0"], "deltaweave": ["1"], "stock": ["1"]}.items():
         assert with_room(free, server, 1, alone=False) == gpus
         take(free, server, gpus)
