@@ -11,9 +11,10 @@ import fcntl
 import json
 import math
 import os
+import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,33 +227,40 @@ def first_tokens(llm: Any, adapters: list[Any], source: Path | None, server: str
         timed(llm, 1, [None], 1)  # a step keeps its tenants until the next begins
         llm.collective_rpc(evict, args=([str(adapter.lora_int_id) for adapter in few],))
         yield "host_memory", uploading(llm, few, len(few), server)
-    fresh = [LoRARequest(f"cold{number}", 100 + number, str(source)) for number in range(2 * FROM_FILE)]
-    yield "cached_file", uploading(llm, fresh[:FROM_FILE], FROM_FILE, server)
-    file = source / "adapter_model.safetensors" if source.is_dir() else source
-    if forget(file):
-        yield "file", uploading(llm, fresh[FROM_FILE:], FROM_FILE, server, before=lambda: forget(file))
+    cached = [LoRARequest(f"cached{number}", 100 + number, str(source)) for number in range(FROM_FILE)]
+    yield "cached_file", uploading(llm, cached, FROM_FILE, server)
+    copies = [uncached_copy(source, number) for number in range(FROM_FILE)]  # what is mapped somewhere stays cached
+    if all(copies):
+        unread = [LoRARequest(f"unread{number}", 200 + number, str(copy)) for number, copy in enumerate(copies)]
+        yield "file", uploading(llm, unread, FROM_FILE, server)
 
 
-def uploading(
-    llm: Any, adapters: list[Any], expected: int, server: str, *, before: Callable[[], Any] = lambda: None
-) -> float:
+def uploading(llm: Any, adapters: list[Any], expected: int, server: str) -> float:
     """Milliseconds to the first token, of tenants of which so many have to be brought to the device."""
     if server != "deltaweave":
-        return first_token_ms(llm, adapters, before)
-    known = llm.collective_rpc(uploads)[0]
-    milliseconds = first_token_ms(llm, adapters, before)
-    if (found := llm.collective_rpc(uploads)[0] - known) != expected:
+        return first_token_ms(llm, adapters)
+    before = llm.collective_rpc(uploads)[0]
+    milliseconds = first_token_ms(llm, adapters)
+    if (found := llm.collective_rpc(uploads)[0] - before) != expected:
         raise RuntimeError(f"{found} of {len(adapters)} tenants were brought to the device, expected {expected}")
     return milliseconds
 
 
-def first_token_ms(llm: Any, adapters: Iterable[Any], before: Callable[[], Any] = lambda: None) -> float:
+def first_token_ms(llm: Any, adapters: list[Any]) -> float:
     """The median over tenants, of a prompt of 128 tokens."""
-    times = []
-    for adapter in adapters:
-        before()
-        times.append(timed(llm, 1, [adapter], 1, PROMPT))
-    return 1e3 * sorted(times)[len(times) // 2]
+    times = sorted(timed(llm, 1, [adapter], 1, PROMPT) for adapter in adapters)
+    return 1e3 * times[len(times) // 2]
+
+
+def uncached_copy(source: Path, number: int) -> Path | None:
+    """Another of the same file or folder, on the disk and not in the system's cache; None if it stays there."""
+    folder = source.parent / f"unread{number}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    copy = folder / source.name
+    shutil.copytree(source, copy) if source.is_dir() else shutil.copy(source, copy)
+    files = list(copy.iterdir()) if copy.is_dir() else [copy]
+    return copy if all(forget(file) for file in files) else None
 
 
 def forget(file: Path) -> bool:
