@@ -8,8 +8,8 @@ engine runs in a process of its own. Texts are asked for in groups of `--sequenc
 kernels differ between steps of few tokens and of many. Where texts part, the first difference is told with vLLM's gap
 between the two tokens' log-probabilities: near zero, it is the noise of another order of sums. The noise itself is
 measured as well: vLLM's texts with cached prefixes, and one by one, against those of the group. How far a format's
-rounding goes is told by the prompts: the root mean square of what their tokens' log-probabilities are from those of the
-reference op on a CPU, in float32.
+rounding goes is told by the reference op on a CPU, in float32: by the root mean square of what the prompts' tokens'
+log-probabilities are from its own, and by how far each token of the hosts' texts is from the one that it would choose.
 """
 
 from __future__ import annotations
@@ -87,6 +87,8 @@ def main() -> None:
             for count in arguments.sequences:
                 one = compared(expected[str(count)], found[str(count)], found["alone"], arguments)
                 rows.append({**row, "sequences": count, **one})
+                texts = {"vllm": found[str(count)]["texts"], "pytorch": expected[str(count)]}
+                rows[-1]["shortfall"] = shortfalls(texts, arguments)
                 print(json.dumps({key: value for key, value in rows[-1].items() if key != "parted"}), flush=True)
     import torch
 
@@ -147,28 +149,57 @@ def pytorch_texts(arguments: argparse.Namespace, dtype: str) -> dict[str, Any]:
     return texts
 
 
-def reference_scores(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Log-probabilities of the prompts' tokens, each tenant alone on the model, in float32 on a CPU."""
+def references(arguments: argparse.Namespace) -> Iterator[tuple[str | None, list[int], Any]]:
+    """Each tenant, the places of its requests, and the model as it is for it alone, in float32 on a CPU."""
     import torch
     from deltaweave.formats import open_tenant
     from deltaweave.runtime_plugin.pytorch import attach
-    from torch import nn
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(arguments.base, dtype=torch.float32).eval()
-    asked, found = requests(arguments), {}
-    for tenant in dict.fromkeys(tenant for tenant, _, _ in asked):
+    asked = [tenant for tenant, _, _ in requests(arguments)]
+    for tenant in dict.fromkeys(asked):
         with ExitStack() as stack:
             if tenant is not None:
                 opened = stack.enter_context(open_tenant(arguments.family.file(tenant)))
                 stack.enter_context(attach(model, opened, accept_base=True))
             stack.enter_context(torch.no_grad())
-            own = {place: torch.tensor(tokens) for place, (whose, tokens, _) in enumerate(asked) if whose == tenant}
-            padded = nn.utils.rnn.pad_sequence(list(own.values()), batch_first=True)  # behind all that is looked at
-            scores = model(padded).logits.log_softmax(-1)
-            for row, (place, tokens) in zip(scores, own.items(), strict=True):
-                found[place] = row[: len(tokens) - 1].gather(1, tokens[1:, None])[:, 0].tolist()
+            yield tenant, [place for place, whose in enumerate(asked) if whose == tenant], model
+
+
+def reference_scores(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Log-probabilities of the prompts' tokens."""
+    import torch
+    from torch import nn
+
+    asked, found = requests(arguments), {}
+    for _, places, model in references(arguments):
+        own = [torch.tensor(asked[place][1]) for place in places]
+        padded = nn.utils.rnn.pad_sequence(own, batch_first=True)  # behind all that is looked at
+        scores = model(padded).logits.log_softmax(-1)
+        for row, place, tokens in zip(scores, places, own, strict=True):
+            found[place] = row[: len(tokens) - 1].gather(1, tokens[1:, None])[:, 0].tolist()
     return {"prompt_logprobs": [found[place] for place in range(len(asked))]}
+
+
+def shortfalls(
+    texts: dict[str, list[list[int]]], arguments: argparse.Namespace
+) -> dict[str, dict[str, dict[str, float]]]:
+    """How far the logits of each host's tokens are below the largest, behind the same tokens: by host and tenant."""
+    import torch
+
+    asked, found = requests(arguments), {host: dict[str, dict[str, float]]() for host in texts}
+    for tenant, places, model in references(arguments):
+        for host, of_host in texts.items():
+            short = []
+            for place in places:
+                prompt, text = asked[place][1], torch.tensor(of_host[place])
+                logits = model(torch.tensor([prompt + of_host[place]])).logits[0, len(prompt) - 1 : -1]
+                short.append(logits.amax(-1) - logits.gather(1, text[:, None])[:, 0])
+            all_of = torch.cat(short)
+            beyond = int((all_of > RIGHT_GAP).sum())
+            found[host][tenant or "base"] = {"largest": float(all_of.max()), "beyond": beyond, "tokens": len(all_of)}
+    return found
 
 
 def vllm_texts(arguments: argparse.Namespace, mode: dict[str, Any]) -> dict[str, Any]:

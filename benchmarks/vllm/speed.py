@@ -216,9 +216,10 @@ def summarize(results: dict[str, Any]) -> None:
     if "copy_gb_s" not in stock:
         return
     each = REQUESTS // max(SEQUENCES)  # requests that wait for the same model are served together
-    seconds = MERGED_BYTES / (stock["copy_gb_s"] * 1e9) + NEW * 1e-3 * stock["pair_step_ms"]
+    share = MERGED_BYTES / results["ranks"]
+    seconds = share / (stock["copy_gb_s"] * 1e9) + NEW * 1e-3 * stock["pair_step_ms"]
     results["merged_swap"] = {
-        "note": f"computed: 32 tenants in turn, {MERGED_BYTES / 1e9} GB over the bus at copy_gb_s, then {NEW} steps of "
+        "note": f"computed: 32 tenants in turn, {share / 1e9} GB over each GPU's bus at copy_gb_s, then {NEW} steps of "
         f"{each} sequences at the stock server's pair_step_ms; prompts are free",
         "tokens_per_s": each * NEW / seconds,
     }
@@ -247,7 +248,8 @@ def plot(results: dict[str, Any], file: Path) -> None:
         left.plot(SEQUENCES, [found["step_ms"][str(count)] for count in SEQUENCES], marker="o", label=names[name])
     left.set(xscale="log", yscale="log", xlabel="sequences, each with a tenant of its own", ylabel="decode step, ms")
     left.set_xticks(SEQUENCES, map(str, SEQUENCES))
-    left.set_yticks(marks := (5, 10, 20, 50, 100), map(str, marks))
+    low, high = left.get_ylim()
+    left.set_yticks(marks := [mark for mark in (2, 3, 5, 10, 20, 50, 100) if low <= mark <= high], map(str, marks))
     left.minorticks_off()
     left.legend(frameon=False)
     bars = {names[name]: found["tokens_per_s"] for name, found in servers.items() if "tokens_per_s" in found}
