@@ -28,7 +28,7 @@ namespace {
 constexpr int kRows = 16;        // of an operand; blocks of threads share these out
 constexpr int kOperands = 2;     // of a tile
 constexpr int kFeatures = 32;    // of a batch
-constexpr int kAhead = 3;        // batches of a warp
+constexpr int kAhead = 2;        // batches of a warp
 constexpr int kTokenPitch = 36;  // of a tile's sums: lanes that write them hit different banks
 
 // What a lane asks for comes into shared memory of its own: nobody else waits for it, and the first

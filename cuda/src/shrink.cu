@@ -270,13 +270,16 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
   if (has_base(gemm)) end_part(gemm, kShrinkPart);
 }
 
-// With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end, or
-// for the base's product.
+// With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end. So it
+// is beside the base's product: on some multiprocessors stage 2 waits from the start.
 int blocks_of(const Gemm& gemm) {
   const int64_t most =
       static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
-  const bool one = gemm.token_count < 8 || gemm.slices[0].base != nullptr;
-  return static_cast<int>(std::min<int64_t>(most, multiprocessors() * (one ? 1 : kResident)));
+  const int all = multiprocessors();
+  const int own = gemm.slices[0].base != nullptr ? all * 5 / 6
+                  : gemm.token_count < 8         ? all
+                                                 : kResident * all;
+  return static_cast<int>(std::min<int64_t>(most, own));
 }
 
 template <typename T>
