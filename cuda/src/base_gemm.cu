@@ -28,7 +28,7 @@ namespace {
 constexpr int kRows = 16;        // of an operand; blocks of threads share these out
 constexpr int kOperands = 2;     // of a tile
 constexpr int kFeatures = 32;    // of a batch
-constexpr int kAhead = 2;        // batches of a warp
+constexpr int kLong = 4;         // operands of a block of threads
 constexpr int kTokenPitch = 36;  // of a tile's sums: lanes that write them hit different banks
 
 // What a lane asks for comes into shared memory of its own: nobody else waits for it, and the first
@@ -36,6 +36,8 @@ constexpr int kTokenPitch = 36;  // of a tile's sums: lanes that write them hit 
 constexpr int kOctets = 2 * kOperands + 1;  // of a lane and batch: rows q, q + 8, ..., and a token
 using Batch = uint4[kOctets][32];
 
+// kAhead: batches of a warp that are under way.
+template <int kAhead>
 struct Shared {
   Batch ahead[kWarps][kAhead];
   float sums[2][kWarps][kDecodeTokens][kTokenPitch];  // of this tile and of the last
@@ -62,10 +64,10 @@ __device__ __forceinline__ void wait_for_group() {
 #endif
 }
 
-template <typename T>
+template <typename T, int kAhead>
 struct Product {
   const Gemm& gemm;
-  Shared& shared;
+  Shared<kAhead>& shared;
   const Interval operands;
   const int lane, warp, turns;  // turns: batches of a warp and tile
   const unsigned char* x;       // of the lane's token
@@ -75,7 +77,7 @@ struct Product {
   int rows;                  // of the lane's, how many are there
   int step;                  // bytes to row q + 8
 
-  __device__ __forceinline__ Product(const Gemm& gemm, Shared& shared, Interval operands)
+  __device__ __forceinline__ Product(const Gemm& gemm, Shared<kAhead>& shared, Interval operands)
       : gemm(gemm),
         shared(shared),
         operands(operands),
@@ -216,10 +218,11 @@ DW_HD int operand_count(const Gemm& gemm) {
   return all;
 }
 
-template <typename T>
+template <typename T, int kAhead>
 __global__ void __launch_bounds__(kThreads, 2) base_kernel(const __grid_constant__ Gemm gemm) {
   extern __shared__ __align__(128) unsigned char memory[];
-  Product<T> product(gemm, *reinterpret_cast<Shared*>(memory), own_pieces(operand_count(gemm)));
+  auto& shared = *reinterpret_cast<Shared<kAhead>*>(memory);
+  Product<T, kAhead> product(gemm, shared, own_pieces(operand_count(gemm)));
 #pragma unroll
   for (int i = 0; i < kAhead; ++i) product.ask_rows(i);
   after_previous();
@@ -233,15 +236,22 @@ __global__ void __launch_bounds__(kThreads, 2) base_kernel(const __grid_constant
   end_part(gemm, kBasePart);
 }
 
-template <typename T>
+template <typename T, int kAhead>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
+  const auto kernel = base_kernel<T, kAhead>;
   // Else the multiprocessor is divided so that stage 1 finds no shared memory.
-  const cudaError_t error =
-      cudaFuncSetAttribute(base_kernel<T>, cudaFuncAttributePreferredSharedMemoryCarveout,
-                           cudaSharedmemCarveoutMaxShared);
+  const cudaError_t error = cudaFuncSetAttribute(
+      kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
   if (error != cudaSuccess) return error;
-  return launch_dependent(base_kernel<T>, dim3(base_blocks(gemm)), kThreads, sizeof(Shared), stream,
+  return launch_dependent(kernel, dim3(base_blocks(gemm)), kThreads, sizeof(Shared<kAhead>), stream,
                           gemm);
+}
+
+// What is under way makes stage 1's reads wait: a short stream ends before it if there is too much.
+template <typename T>
+cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
+  const bool is_long = operand_count(gemm) > kLong * base_blocks(gemm);
+  return is_long ? launch<T, 3>(gemm, stream) : launch<T, 2>(gemm, stream);
 }
 
 }  // namespace
@@ -249,8 +259,8 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
 int base_blocks(const Gemm& gemm) { return std::min(operand_count(gemm), multiprocessors()); }
 
 cudaError_t launch_base(const Gemm& gemm, cudaStream_t stream) {
-  return gemm.y_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, stream)
-                                     : launch<__half>(gemm, stream);
+  return gemm.y_dtype == DW_BFLOAT16 ? launch_typed<__nv_bfloat16>(gemm, stream)
+                                     : launch_typed<__half>(gemm, stream);
 }
 
 }  // namespace dw
