@@ -36,7 +36,7 @@ SCHEMAS = {
 def _embed(ids: torch.Tensor, table: torch.Tensor, directory: torch.Tensor) -> torch.Tensor:
     step = Step.current
     step.lay_out(len(ids))
-    if not step.active:
+    if not step.active:  # a step of the base alone is stock's
         return functional.embedding(ids, table)
     buffer = step.arena.buffer
     found = [ops.embed(buffer, directory, step.slots[part], ids[part], table, 0) for part in step.parts(len(ids))]
