@@ -14,7 +14,8 @@
 // by all warps of a block of threads, each in turn 32 features of it: of a sum's terms any order
 // will do, so a lane's 16 bytes are eight features of one row, and x is read alike. A warp has some
 // such batches under way, the next tile's too, and W's first ones before the kernel in front has
-// ended. The warps' sums meet in shared memory. A token's bits depend on x and W alone.
+// ended. The warps' sums meet in shared memory. A token's bits depend on x, W and the number of
+// multiprocessors, which says with which features a tile begins.
 #include <algorithm>
 
 #include "batch.cuh"
