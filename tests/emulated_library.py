@@ -30,6 +30,9 @@ KERNELS = (
 HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "no_cuda")
 # A file, an instruction in it by its first words, and C++ that means the same.
 INSTRUCTIONS = (
+    ("base_gemm.cu", "cp.async.cg", "to = *static_cast<const uint4*>(from);"),
+    ("base_gemm.cu", "cp.async.commit_group", ""),
+    ("base_gemm.cu", "cp.async.wait_group", ""),
     ("expand_shares.cuh", "prefetch", ""),
     (
         "fragment.cuh",
@@ -43,6 +46,8 @@ INSTRUCTIONS = (
     ("prefill_stage2.cuh", "red.global.add.noftz.f16x2", "to[0] = add(to[0], first), to[1] = add(to[1], second);"),
     ("prefill_stage2.cuh", "red.global.add.noftz.bf16x2", "to[0] = add(to[0], first), to[1] = add(to[1], second);"),
     ("prefill_stage2.cuh", "mad.wide.u32", "address = reinterpret_cast<uint64_t>(y) + uint64_t{pitch} * row;"),
+    # Kernels run one after another here: who would wait now would wait for ever.
+    ("step.cuh", "ld.acquire", "if ((done = *done_of(gemm, part)) < blocks) std::abort();"),
     ("step.cuh", "prefetch", ""),
 )
 

@@ -290,7 +290,7 @@ typedef struct dw_gemm {
   int32_t chunk_tokens; /* as in dw_plan_tokens */
   const void* x;        /* [token_count, in_features] */
   int64_t x_stride;
-  const void* plan;
+  void* plan; /* dw_plan_tokens() wrote it; a call with a base counts in it */
   int32_t slice_count;
   dw_slice slices[DW_MAX_SLICES];
   void* workspace; /* 256-byte aligned; its content need not be kept between calls */
@@ -304,8 +304,8 @@ DW_API dw_status dw_gemm_workspace_bytes(const dw_gemm* args, size_t* bytes);
 DW_API dw_status dw_delta_gemm(const dw_gemm* args, void* stream);
 /* The same in two calls with the same arguments: dw_delta_shrink reads x, and may have y NULL
  * unless it computes the base's product; dw_delta_expand adds to y, and needs the workspace as the
- * first left it.
- * Not for prefill. For measuring a stage alone, and for what must lie between the two. */
+ * first left it. Not for prefill. For measuring a stage alone, and for what must lie between the
+ * two. */
 DW_API dw_status dw_delta_shrink(const dw_gemm* args, void* stream);
 DW_API dw_status dw_delta_expand(const dw_gemm* args, void* stream);
 

@@ -45,24 +45,14 @@ struct Shared {
 };
 
 __device__ __forceinline__ void ask(uint4& to, const void* from) {
-#ifdef __CUDA_ARCH__
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&to)), "l"(from)
                : "memory");
-#else
-  to = *static_cast<const uint4*>(from);
-#endif
 }
 // What was asked for since the last call is a group; those up to `kLeft` groups ago have come.
-__device__ __forceinline__ void end_group() {
-#ifdef __CUDA_ARCH__
-  asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
-}
+__device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
 __device__ __forceinline__ void wait_for_group() {
-#ifdef __CUDA_ARCH__
   asm volatile("cp.async.wait_group %0;" ::"n"(kLeft) : "memory");
-#endif
 }
 
 template <typename T, int kAhead>
@@ -129,12 +119,12 @@ struct Product {
   __device__ __forceinline__ int feature(int i) const {
     const int first = turn + blockIdx.x * kAhead % turns;
     return ((first < turns ? first : first - turns) + i) * kWarps * kFeatures + warp * kFeatures +
-           8 * (lane % 4);
+           kOctet * (lane % 4);
   }
 
   __device__ __forceinline__ void ask_rows(int i) const {
     // Behind the last feature x is zero, and what a row that is not there gives is not kept.
-    const unsigned char* from = row + 2 * min(feature(i), gemm.in_features - 8);
+    const unsigned char* from = row + 2 * min(feature(i), gemm.in_features - kOctet);
 #pragma unroll
     for (int r = 0; r < 2 * kOperands; ++r) {
       if (r < rows) ask(shared.ahead[warp][i][r][lane], from + r * step);

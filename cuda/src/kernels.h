@@ -40,7 +40,7 @@ struct Gemm {
   const void* base_x;              // as the caller has it
   int64_t base_x_stride;
   int in_features;
-  const int* plan;
+  int* plan;
   int chunk_tokens;
   float* h;           // [tiles, slices, tokens, ranks]
   int ranks, blocks;  // of h: its pitch, and the most blocks of ranks

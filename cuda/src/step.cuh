@@ -177,7 +177,7 @@ __device__ __forceinline__ bool has_base(const Gemm& gemm) {
   return gemm.slices[0].base != nullptr;
 }
 __device__ __forceinline__ int* done_of(const Gemm& gemm, Part part) {
-  return const_cast<int*>(gemm.plan) + kPlanDone + part;
+  return gemm.plan + kPlanDone + part;
 }
 
 // A block of threads has written all that others wait for.
@@ -190,7 +190,6 @@ __device__ __forceinline__ void end_part(const Gemm& gemm, Part part) {
 
 // One thread's; what the part has written can be read by those that this thread meets behind it.
 __device__ __forceinline__ void wait_for_part(const Gemm& gemm, Part part, int blocks) {
-#ifdef __CUDA_ARCH__
   int done;
   do {
     asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
@@ -198,7 +197,6 @@ __device__ __forceinline__ void wait_for_part(const Gemm& gemm, Part part, int b
                  : "l"(done_of(gemm, part))
                  : "memory");
   } while (done < blocks);
-#endif
 }
 
 // Stage 2 is done: the last block of threads leaves the counts as they were. The kernels behind it

@@ -186,9 +186,9 @@ class ServedLinears:
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """[..., in_features] to each layer's [..., out_features]."""
         flat = x.reshape(-1, x.shape[-1])
-        weights = [weight.detach() for weight, _ in self._layers]
-        ys = [flat.new_empty(len(flat), len(weight)) for weight in weights]
-        self._step.delta_gemm(flat, ys, self._weights, weights)
+        base = [weight.detach() for weight, _ in self._layers]
+        ys = [flat.new_empty(len(flat), len(weight)) for weight in base]
+        self._step.delta_gemm(flat, ys, self._weights, base)
         self._step.fusions(flat, ys, self._weights)
         if self._biases:
             self._add_biases(ys)
