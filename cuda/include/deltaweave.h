@@ -290,7 +290,7 @@ typedef struct dw_gemm {
   int32_t chunk_tokens; /* as in dw_plan_tokens */
   const void* x;        /* [token_count, in_features] */
   int64_t x_stride;
-  void* plan; /* dw_plan_tokens() wrote it; a call with a base counts in it */
+  const void* plan; /* only calls with a base write to it */
   int32_t slice_count;
   dw_slice slices[DW_MAX_SLICES];
   void* workspace; /* 256-byte aligned; its content need not be kept between calls */

@@ -61,7 +61,8 @@ Gemm describe(const dw_gemm& args, const Workspace& cut, bool in_place, dw_recor
   gemm.base_x = args.x;
   gemm.base_x_stride = args.x_stride;
   gemm.in_features = args.in_features;
-  gemm.plan = static_cast<int*>(args.plan);
+  // Written where the call computes the base's product (step.cuh); others may have it read-only.
+  gemm.plan = static_cast<int*>(const_cast<void*>(args.plan));
   gemm.chunk_tokens = resolve_chunk(args.chunk_tokens, args.token_count);
   gemm.h = reinterpret_cast<float*>(workspace + cut.h);
   gemm.ranks = cut.ranks;
