@@ -112,7 +112,7 @@ def _rewrite(folder: Path) -> None:
         path.write_text(text)
 
     for name, start, meaning in INSTRUCTIONS:
-        edit(name, rf'asm ?(?:volatile)?\(\s*"{re.escape(start)}.*?\);\n', meaning + "\n")
+        edit(name, rf'asm ?(?:volatile)?\(\s*"{re.escape(start)}.*?\);(?=\s)', meaning)
     edit("ring.cuh", r"#if defined[^\n]*\n\ntemplate.*?#endif\n", '#include "copies.cuh"\n')
     edit("stages.cuh", r"template <int kStages, int kConsumers.*?\n};\n", "")
     edit("prefill.cuh", r"#if DW_WGMMA\n.*#endif\n(?=\n}  // namespace prefill)", '#include "products.cuh"\n')
