@@ -31,6 +31,7 @@ from deltaweave.formats import Delta
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.pytorch import Arena, Decoder, attach
 from deltaweave.runtime_plugin.pytorch.cache import RowCache, attention_masks
+from deltaweave.runtime_plugin.pytorch.context_switch import context_switch
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, load_tenant
 from deltaweave.runtime_plugin.pytorch.upload import DeviceUploader
@@ -250,6 +251,7 @@ def bare_step(model: Any, rows: int, arguments: argparse.Namespace) -> float:
 
 def seconds(work: Callable[[], object], count: int) -> float:
     """Median over `count` runs on the device's clock; two more come first."""
+    context_switch(torch.cuda.current_device())()  # captures and uploads have changed streams
     times = []
     for _ in range(count + 2):
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))

@@ -20,6 +20,7 @@ from deltaweave.formats import Delta, DeltaweaveError, Fusion, open_tenant
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, LibraryError
+from deltaweave.runtime_plugin.pytorch.context_switch import QuietSwitch, context_switch
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.pytorch.settings import SlotSettings, pinned
 from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, Tenant, load_fusion, load_tenant
@@ -123,6 +124,7 @@ class Arena:
             max_rank=max_rank,
         )
         weakref.finalize(self, self._book.close)
+        self._quiet = QuietSwitch(context_switch(self.buffer.device.index)) if self.buffer.is_cuda else None
         self._entries: dict[str, HeldTenant] = {}
         self._open_steps: deque[tuple[int, torch.cuda.Event]] = deque()
 
@@ -311,6 +313,7 @@ class Arena:
     def begin_step(self, names: Sequence[str | None]) -> OpenStep:
         """Brings tenants to the device and keeps them there until `end_step`; see `step`."""
         self._collect()
+        self.settle()
         slots = self.resident(names)
         entries = [self._entry(name) for name in set(names) if name is not None]
         used = {slot for entry in entries for slot in _slots(entry.parts)}
@@ -328,6 +331,16 @@ class Arena:
         else:
             self._book.end_step(step.number)
 
+    def settle(self) -> None:
+        """A step is about to begin, with tenants or without: see `context_switch`; `begin_step` does it too."""
+        if self._quiet is not None:
+            self._quiet.settle()
+
+    def disturb(self) -> None:
+        """Kernels have run in other streams than steps', as captures do; uploads are known."""
+        if self._quiet is not None:
+            self._quiet.disturb()
+
     def expert_slots(self, names: Sequence[str | None], place: int) -> list[int]:
         """Slots of the deltas that are the experts at a place of some resident tenants' gates; -1 for none."""
         entries = [None if name is None else self._entry(name).experts.get(place) for name in names]
@@ -341,6 +354,7 @@ class Arena:
     def acquire_graph(self) -> None:
         """A captured CUDA graph now holds the arena's addresses."""
         self._book.acquire_graph()
+        self.disturb()
 
     def release_graph(self) -> None:
         """A captured CUDA graph is gone."""
@@ -417,6 +431,8 @@ class Arena:
         except BaseException:
             self._book.evict(slot)
             raise
+        if self._quiet is not None:
+            self._quiet.disturb(entry.ready)
         entry.slot = slot
         self.uploads += 1
         return slot

@@ -142,6 +142,7 @@ class Tenants:
             ArenaError: an id that no request names, or that is another tenant's already.
         """
         self.admit_finished()
+        self.arena.settle()
         ids = [adapter_id for adapter_id in dict.fromkeys((*tokens, *sampled)) if adapter_id]
         served = [adapter_id for adapter_id in ids if adapter_id not in self._idle]
         for adapter_id in served:
@@ -161,6 +162,7 @@ class Tenants:
 
     def warm(self, *, active: bool, fused: bool) -> None:
         """For a step of stand-ins: whether the tenants' kernels run, as they would with tenants, and fusions' too."""
+        self.arena.disturb()  # warm-up and captures have streams of their own
         self.step.active = self.step.own_logits = active
         self.step.fused = active and fused and self.step.fusions
 
