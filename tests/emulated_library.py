@@ -31,6 +31,7 @@ HOST = ("allocator", "arena", "batch_args", "gemm_args", "payload", "status", "n
 # A file, an instruction in it by its first words, and C++ that means the same.
 INSTRUCTIONS = (
     ("base_gemm.cu", "cp.async.cg", "to = *static_cast<const uint4*>(from);"),
+    ("base_gemm.cu", "createpolicy", "policy = 0;"),
     ("base_gemm.cu", "cp.async.commit_group", ""),
     ("base_gemm.cu", "cp.async.wait_group", ""),
     ("expand_shares.cuh", "prefetch", ""),

@@ -19,13 +19,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from step_kernels import SKIPPED, TRACED, begin_trace, end_trace
+from step_kernels import SKIPPED, TRACED, begin_clock, begin_trace, end_clock, end_trace
 from turns import all_gpus, mark_file, turn, wait_for_marks
 
 __all__ = ["NEW", "REQUESTS", "SEQUENCES"]
 
 SEQUENCES = (1, 8, 32)
-SHORT, LONG = 16, 80
+STEPS = 80
 # Requests of which the first token is timed, and those whose tenant is read from a file.
 FIRST, FROM_FILE = 6, 3
 CACHE_GIB = 4.5
@@ -207,10 +207,15 @@ def timed(llm: Any, count: int, adapters: list[Any], tokens: int, length: int = 
 
 
 def step_ms(llm: Any, count: int, adapters: list[Any]) -> float:
-    """Of the best long run and the best short one; the best difference would be that with the worst short run."""
+    """From one decode step's begin to the next one's, the mean of a run's; the best of three runs."""
     timed(llm, count, adapters, 4)
-    short, long = (min(timed(llm, count, adapters, tokens) for _ in range(3)) for tokens in (SHORT, LONG))
-    return 1e3 * (long - short) / (LONG - SHORT)
+    return min(_run_step_ms(llm, count, adapters) for _ in range(3))
+
+
+def _run_step_ms(llm: Any, count: int, adapters: list[Any]) -> float:
+    llm.collective_rpc(begin_clock, args=(count,))
+    timed(llm, count, adapters, STEPS)
+    return float(llm.collective_rpc(end_clock)[0])
 
 
 def throughput(llm: Any, adapters: list[Any]) -> float:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the time of a decode step goes into on the device: kernels, and gaps between them; for `one_server.py`.
+"""How long a decode step takes, and what its time goes into on the device: kernels, and gaps between them.
+
+For `one_server.py`. A step's time is that from its begin to the next one's, in the middle of a run: the worker's host
+is a step ahead of the device and waits for it.
 
 A few steps in the middle of a run are traced in the worker, CUDA graphs kernel by kernel. Kernels may overlap, for some
 begin before those in front of them have ended: each is given the time by which it moves the end of the work done, and
@@ -8,11 +11,12 @@ the time before it in which nothing ran. These add up to the step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["SKIPPED", "TRACED", "begin_trace", "end_trace"]
+__all__ = ["SKIPPED", "TRACED", "begin_clock", "begin_trace", "end_clock", "end_trace"]
 
 # Decode steps before the first that is traced, and those that are.
 SKIPPED, TRACED = 6, 8
@@ -31,26 +35,53 @@ class Share:
     gap_before: float = 0.0
 
 
+def _before_steps(worker: Any, sequences: int, act: Callable[[], None]) -> Any:
+    """Does something before every step in which so many sequences have one token each; what the worker had before."""
+    runner = worker.model_runner
+    execute = runner.execute_model
+
+    def acting(scheduled: Any, *arguments: Any, **more: Any) -> Any:
+        if scheduled.total_num_scheduled_tokens == len(scheduled.num_scheduled_tokens) == sequences:
+            act()
+        return execute(scheduled, *arguments, **more)
+
+    runner.execute_model = acting
+    return execute
+
+
+def begin_clock(worker: Any, sequences: int) -> None:
+    """In the worker: notes when the steps to come begin in which so many sequences have one token each."""
+    times: list[float] = []
+    execute = _before_steps(worker, sequences, lambda: times.append(time.monotonic()))
+    worker.deltaweave_clock = times, execute
+
+
+def end_clock(worker: Any) -> float:
+    """In the worker: milliseconds from one step's begin to the next one's, but for the first and the last few."""
+    times, worker.model_runner.execute_model = worker.deltaweave_clock
+    steady = times[SKIPPED:-SKIPPED]
+    if len(steady) < 2:
+        raise RuntimeError(f"{len(times)} steps of one token a sequence, expected more than {2 * SKIPPED + 1}")
+    return 1e3 * (steady[-1] - steady[0]) / (len(steady) - 1)
+
+
 def begin_trace(worker: Any, sequences: int) -> None:
     """In the worker: traces a few of the steps to come in which so many sequences have one token each."""
     import torch
 
     if not torch.cuda.is_available():
         return
-    runner = worker.model_runner
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    execute, seen = runner.execute_model, 0
+    seen = 0
 
-    def counted(scheduled: Any, *arguments: Any, **more: Any) -> Any:
+    def count() -> None:
         nonlocal seen
-        if scheduled.total_num_scheduled_tokens == len(scheduled.num_scheduled_tokens) == sequences:
-            seen += 1
-            if seen in (SKIPPED, SKIPPED + TRACED):
-                torch.cuda.synchronize()
-                profile.start() if seen == SKIPPED else profile.stop()
-        return execute(scheduled, *arguments, **more)
+        seen += 1
+        if seen in (SKIPPED, SKIPPED + TRACED):
+            torch.cuda.synchronize()
+            profile.start() if seen == SKIPPED else profile.stop()
 
-    runner.execute_model, worker.deltaweave_trace = counted, (profile, execute)
+    worker.deltaweave_trace = profile, _before_steps(worker, sequences, count)
 
 
 def end_trace(worker: Any) -> dict[str, Any]:

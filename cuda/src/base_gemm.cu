@@ -29,7 +29,6 @@ namespace {
 constexpr int kRows = 16;        // of an operand; blocks of threads share these out
 constexpr int kOperands = 2;     // of a tile
 constexpr int kFeatures = 32;    // of a batch
-constexpr int kLong = 4;         // operands of a block of threads
 constexpr int kTokenPitch = 36;  // of a tile's sums: lanes that write them hit different banks
 
 // What a lane asks for comes into shared memory of its own: nobody else waits for it, and the first
@@ -48,6 +47,19 @@ __device__ __forceinline__ void ask(uint4& to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&to)), "l"(from)
                : "memory");
 }
+// W is read once, so the second cache may drop it first. Four lanes ask for 64 bytes of a row, and
+// the next warp for those behind: the cache is to ask memory for both at once.
+__device__ __forceinline__ uint64_t read_once() {
+  uint64_t policy;
+  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ __forceinline__ void ask_once(uint4& to, const void* from, uint64_t policy) {
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
+                   shared_address(&to)),
+               "l"(from), "l"(policy)
+               : "memory");
+}
 // What was asked for since the last call is a group; those up to `kLeft` groups ago have come.
 __device__ __forceinline__ void end_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kLeft>
@@ -62,6 +74,7 @@ struct Product {
   const Interval operands;
   const int lane, warp, turns;  // turns: batches of a warp and tile
   const unsigned char* x;       // of the lane's token
+  const uint64_t policy = read_once();
   // Of what is asked for next: the tile's first operand, the first of kAhead turns, ...
   int operand, turn = 0;
   const unsigned char* row;  // q
@@ -127,7 +140,7 @@ struct Product {
     const unsigned char* from = row + 2 * min(feature(i), gemm.in_features - kOctet);
 #pragma unroll
     for (int r = 0; r < 2 * kOperands; ++r) {
-      if (r < rows) ask(shared.ahead[warp][i][r][lane], from + r * step);
+      if (r < rows) ask_once(shared.ahead[warp][i][r][lane], from + r * step, policy);
     }
   }
 
@@ -241,8 +254,9 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
 // What is under way makes stage 1's reads wait: a short stream ends before it if there is too much.
 template <typename T>
 cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
-  const bool is_long = operand_count(gemm) > kLong * base_blocks(gemm);
-  return is_long ? launch<T, 3>(gemm, stream) : launch<T, 2>(gemm, stream);
+  const int operands = operand_count(gemm) / base_blocks(gemm);  // of a block of threads
+  if (operands >= 8) return launch<T, 4>(gemm, stream);
+  return operands >= 4 ? launch<T, 3>(gemm, stream) : launch<T, 2>(gemm, stream);
 }
 
 }  // namespace

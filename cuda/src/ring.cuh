@@ -19,6 +19,27 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
+// The bulk copy engine's copy of what is `once` read: the second cache may drop it first, and keeps
+// what is read again. The number is what createpolicy.fractional.L2::evict_first makes for all of a
+// copy (cute/arch/copy_sm90_desc.hpp of CUTLASS has it too).
+__device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
+                                          uint32_t barrier, bool once) {
+  constexpr uint64_t kEvictFirst = 0x12F0000000000000;
+  if (once) {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
+        "[%1], %2, [%3], %4;" ::"r"(to),
+        "l"(from), "r"(bytes), "r"(barrier), "l"(kEvictFirst)
+        : "memory");
+  } else {
+    asm volatile(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+            "r"(to),
+        "l"(from), "r"(bytes), "r"(barrier)
+        : "memory");
+  }
+}
+
 template <int kStages, int kStageBytes>
 class Ring {
  public:
@@ -35,16 +56,13 @@ class Ring {
     __syncwarp();
   }
 
-  __device__ __forceinline__ void fill(int stage, const void* from, int bytes) const {
+  __device__ __forceinline__ void fill(int stage, const void* from, int bytes,
+                                       bool once = false) const {
     if (threadIdx.x % 32 != 0) return;
     const uint32_t barrier = barriers_ + 8 * stage;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(memory_ + stage * kStageBytes),
-        "l"(from), "r"(bytes), "r"(barrier)
-        : "memory");
+    copy_bulk(memory_ + stage * kStageBytes, from, bytes, barrier, once);
   }
 
   __device__ __forceinline__ void skip() const {}
@@ -73,7 +91,7 @@ class Ring {
   __device__ __forceinline__ Ring(unsigned char* memory, uint64_t*)
       : memory_(shared_address(memory)) {}
 
-  __device__ __forceinline__ void fill(int stage, const void* from, int bytes) const {
+  __device__ __forceinline__ void fill(int stage, const void* from, int bytes, bool = false) const {
     for (int i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16) {
       asm volatile(
           "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(memory_ + stage * kStageBytes + i),

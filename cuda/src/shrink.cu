@@ -102,9 +102,10 @@ struct Run {
     shared.stages.wait_empty(to);
     unsigned char* stage = shared.stage[to.place];
     shared.stages.expect(to, next.next == 0 ? next.bytes : 2 * next.bytes);
-    shared.stages.copy_wide(to, stage, next.from, next.bytes);
+    const bool once = reads_once(gemm);
+    shared.stages.copy_wide(to, stage, next.from, next.bytes, once);
     if (next.next != 0) {
-      shared.stages.copy_wide(to, stage + next.bytes, next.from + next.next, next.bytes);
+      shared.stages.copy_wide(to, stage + next.bytes, next.from + next.next, next.bytes, once);
     }
     shared.stages.close(to);
   }

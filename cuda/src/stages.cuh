@@ -68,20 +68,17 @@ struct Stages {
                  "r"(bytes)
                  : "memory");
   }
-  // One lane's copy.
-  __device__ __forceinline__ void copy(Now turn, void* to, const void* from, int bytes) {
-    asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
-            "r"(shared_address(to)),
-        "l"(from), "r"(bytes), "r"(shared_address(&full[turn.place]))
-        : "memory");
+  // One lane's copy; `once`: as for a ring.
+  __device__ __forceinline__ void copy(Now turn, void* to, const void* from, int bytes,
+                                       bool once = false) {
+    copy_bulk(shared_address(to), from, bytes, shared_address(&full[turn.place]), once);
   }
   __device__ __forceinline__ void close(Now) {}
 #else
   static constexpr int kArrivalsOfACopy = 32;
 
   __device__ __forceinline__ void expect(Now, int) {}
-  __device__ __forceinline__ void copy(Now, void* to, const void* from, int bytes) {
+  __device__ __forceinline__ void copy(Now, void* to, const void* from, int bytes, bool = false) {
     for (int i = 0; i < bytes; i += 16) {
       asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to) + i),
                    "l"(static_cast<const unsigned char*>(from) + i)
@@ -98,9 +95,9 @@ struct Stages {
 
   // The whole copying warp copies a contiguous piece.
   __device__ __forceinline__ void copy_wide(Now turn, unsigned char* to, const void* from,
-                                            int bytes) {
+                                            int bytes, bool once = false) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 == 0) copy(turn, to, from, bytes);
+    if (threadIdx.x % 32 == 0) copy(turn, to, from, bytes, once);
 #else
     for (int i = threadIdx.x % 32 * 16; i < bytes; i += 512) {
       copy(turn, to + i, static_cast<const unsigned char*>(from) + i, 16);

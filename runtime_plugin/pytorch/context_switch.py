@@ -71,6 +71,7 @@ class _Switch:
         from cuda.bindings import driver
 
         self._driver = driver
+        self._call("cuInit", 0)
         self._context = self._call("cuCtxCreate", None, 0, self._call("cuDeviceGet", device))
         try:
             module = self._call("cuModuleLoadData", NOTHING + b"\0")

@@ -81,6 +81,7 @@ def test_without_the_driver_s_bindings_there_is_a_warning_and_no_switch(monkeypa
 
 def test_a_driver_that_refuses_is_said_to(monkeypatch):
     driver = pytest.importorskip("cuda.bindings.driver")
+    monkeypatch.setattr(driver, "cuInit", lambda flags: (driver.CUresult.CUDA_SUCCESS,))
     monkeypatch.setattr(driver, "cuDeviceGet", lambda device: (driver.CUresult.CUDA_SUCCESS, 0))
     monkeypatch.setattr(driver, "cuCtxCreate", lambda *_: (driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None))
     context_switch.cache_clear()

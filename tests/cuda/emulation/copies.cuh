@@ -22,7 +22,7 @@ class Ring {
     if (threadIdx.x % 32 == 0) std::fill_n(filled, kStages, 0);
     __syncwarp();
   }
-  void fill(int stage, const void* from, int bytes) const {
+  void fill(int stage, const void* from, int bytes, bool = false) const {
     if (threadIdx.x % 32 != 0) return;
     copy_bytes(memory_ + stage * kStageBytes, from, bytes);
     ++filled_[stage];
@@ -81,7 +81,7 @@ struct Stages {
     copy_bytes(to, from, bytes);
     full[turn.place].add(-bytes);
   }
-  void copy_wide(Now turn, unsigned char* to, const void* from, int bytes) {
+  void copy_wide(Now turn, unsigned char* to, const void* from, int bytes, bool = false) {
     if (threadIdx.x % 32 == 0) copy(turn, to, from, bytes);
   }
   void close(Now) {}
