@@ -5,8 +5,8 @@
 
 The graph is a decode step of Llama-2-7B's linears by torch, 384 kernels in line. It is replayed in one stream; between
 measurements something small happens, 24 times each: a kernel in the same stream, a copy in another one, a kernel in
-another one, alternately of three, and then a switch of contexts (`context_switch`). Last, switches come while replays
-are under way. Nothing else may run on the GPU: other processes switch its contexts too. About 15 seconds.
+another one, alternately of three. Before each of these, and last, comes a switch of contexts (`context_switch`). Then
+switches come while replays are under way. Nothing else may run on the GPU: other processes switch its contexts too. About 15 seconds.
 """
 
 from __future__ import annotations
@@ -87,16 +87,14 @@ def acts() -> dict[str, Callable[[], None]]:
 
 
 def measured(step: DecodeStep, switch: Callable[[], None]) -> Iterator[dict[str, Any]]:
-    """Microseconds of a replay after each act."""
-    switch()
-    torch.cuda.synchronize()
+    """Microseconds of a replay after each act; a switch comes before each kind of them, and after the last."""
     for name, act in acts().items():
+        switch()
         for count in range(TIMES + 1):
             if count:
                 act()
             yield {"act": name, "times": count, "replay_us": round(step.replay_us(), 1)}
     switch()
-    torch.cuda.synchronize()
     yield {"act": "switch", "times": 1, "replay_us": round(step.replay_us(), 1)}
 
 
