@@ -6,7 +6,8 @@
 The graph is a decode step of Llama-2-7B's linears by torch, 384 kernels in line. It is replayed in one stream; between
 measurements something small happens, 24 times each: a kernel in the same stream, a copy in another one, a kernel in
 another one, alternately of three. Before each of these, and last, comes a switch of contexts (`context_switch`). Then
-switches come while replays are under way. Nothing else may run on the GPU: other processes switch its contexts too. About 15 seconds.
+switches come while replays are under way. Nothing else may run on the GPU: other processes switch its contexts too.
+About 15 seconds.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Keeps the gaps between a step's kernels short: the GPU is made to change contexts when streams have been changed.
 
-Measured on an H200 (cuda/NOTES.md, section 19): once kernels of one stream have followed those of another sixteen
-times, every kernel that waits for the one before it begins 0.35 us later, also in CUDA graphs, where a decode step of
-Llama-2-7B takes 0.15 ms longer for it. Copies do not count, nor do kernels of one stream. It lasts until the GPU has
-run something in another context, of whatever process. Uploads, which repack in streams of their own, bring it about
-soon; so do captures.
+Measured on an H200 (cuda/NOTES.md, section 19): once kernels of one stream have followed those of another up to
+sixteen times, every kernel that waits for the one before it begins 0.35 us later, also in CUDA graphs, where a decode
+step of Llama-2-7B takes 0.15 ms longer for it. Copies do not count, nor do kernels of one stream. It lasts until the
+GPU has run something in another context, of whatever process. Uploads, which repack in streams of their own, bring it
+about soon; so do captures.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
 from deltaweave.runtime_plugin.pytorch.upload import Ready
 
 __all__ = ["QuietSwitch", "context_switch"]
@@ -24,6 +25,7 @@ __all__ = ["QuietSwitch", "context_switch"]
 QUIET_SECONDS = 0.05
 # and now and then, for what changes streams without being known here.
 PERIOD_SECONDS = 5.0
+HOPPER = 9  # compute capability
 NOTHING = b".version 7.0\n.target sm_80\n.address_size 64\n.visible .entry nothing() { ret; }\n"
 
 
@@ -56,9 +58,11 @@ class QuietSwitch:
 def context_switch(device: int) -> Callable[[], None]:
     """What makes a GPU switch contexts: runs an empty kernel in another one, which takes 0.5 GiB of it from now on.
 
-    Where there can be no such context (`cuda-bindings` is not there, or the driver refuses) it does nothing, which a
-    RuntimeWarning says.
+    On GPUs other than Hopper's, where nobody has measured what that gains, it does nothing. Nor does it where there
+    can be no such context (`cuda-bindings` is not there, or the driver refuses), which a RuntimeWarning says.
     """
+    if torch.cuda.get_device_capability(device)[0] != HOPPER:
+        return lambda: None
     try:
         return _Switch(device).run
     except (ImportError, RuntimeError) as error:

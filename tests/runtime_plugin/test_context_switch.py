@@ -4,6 +4,7 @@
 import sys
 
 import pytest
+import torch
 from deltaweave.runtime_plugin.pytorch.context_switch import (
     PERIOD_SECONDS,
     QUIET_SECONDS,
@@ -71,20 +72,33 @@ def test_uploads_one_after_another_are_followed_by_one_switch():
     assert device.steps(1.0) == 1
 
 
-def test_without_the_driver_s_bindings_there_is_a_warning_and_no_switch(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+@pytest.fixture
+def capability(monkeypatch):
+    """Of the GPU that is taken to be there; may be changed."""
+    found = [9, 0]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: tuple(found))
     context_switch.cache_clear()
+    yield found
+    context_switch.cache_clear()
+
+
+def test_gpus_that_were_not_measured_are_left_alone(capability, monkeypatch, recwarn):
+    capability[:] = 8, 9
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    context_switch(0)()
+    assert not recwarn
+
+
+def test_without_the_driver_s_bindings_there_is_a_warning_and_no_switch(capability, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
     with pytest.warns(RuntimeWarning, match="no second CUDA context"):
         context_switch(0)()
-    context_switch.cache_clear()
 
 
-def test_a_driver_that_refuses_is_said_to(monkeypatch):
+def test_a_driver_that_refuses_is_said_to(capability, monkeypatch):
     driver = pytest.importorskip("cuda.bindings.driver")
     monkeypatch.setattr(driver, "cuInit", lambda flags: (driver.CUresult.CUDA_SUCCESS,))
     monkeypatch.setattr(driver, "cuDeviceGet", lambda device: (driver.CUresult.CUDA_SUCCESS, 0))
     monkeypatch.setattr(driver, "cuCtxCreate", lambda *_: (driver.CUresult.CUDA_ERROR_OUT_OF_MEMORY, None))
-    context_switch.cache_clear()
     with pytest.warns(RuntimeWarning, match="cuCtxCreate: CUDA_ERROR_OUT_OF_MEMORY"):
         context_switch(0)()
-    context_switch.cache_clear()
