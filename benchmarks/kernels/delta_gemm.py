@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 sys.path.insert(0, str(ROOT / "tests"))
 
 from deltaweave.runtime_plugin.library import Library, Parameter, ParameterKind, Record  # noqa: E402
+from deltaweave.runtime_plugin.pytorch.context_switch import context_switch  # noqa: E402
 from device_arena import DeviceArena, Step, to_device  # noqa: E402
 from factored_records import RandomBand, RandomRecord  # noqa: E402
 from results_file import circumstances, write_result  # noqa: E402
@@ -44,11 +45,12 @@ MAX_RANK = 4096  # what hosts allow for: the largest possible, whatever the tena
 
 
 def median_ms(work: Callable[[], None], repeats: int = 15) -> float:
-    """Median time of a CUDA graph of `work`."""
+    """Median time of a CUDA graph of `work`, after a switch of contexts: captures change streams."""
     work()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
+    context_switch(torch.cuda.current_device())()
     return event_ms(graph.replay, repeats)
 
 

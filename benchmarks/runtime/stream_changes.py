@@ -96,7 +96,7 @@ def measured(step: DecodeStep, switch: Callable[[], None]) -> Iterator[dict[str,
                 act()
             yield {"act": name, "times": count, "replay_us": round(step.replay_us(), 1)}
     switch()
-    yield {"act": "switch", "times": 1, "replay_us": round(step.replay_us(), 1)}
+    yield {"act": "switch", "times": TIMES + 1, "replay_us": round(step.replay_us(), 1)}
 
 
 def switch_us(step: DecodeStep, switch: Callable[[], None]) -> float:

@@ -176,11 +176,9 @@ enum Part { kBasePart, kShrinkPart, kExpandPart };
 __device__ __forceinline__ bool has_base(const Gemm& gemm) {
   return gemm.slices[0].base != nullptr;
 }
-// Whether the second cache shall drop a record's codes first. Beside the base all are read once;
-// with fewer tokens it was slower (cuda/NOTES.md, section 20).
-__device__ __forceinline__ bool reads_once(const Gemm& gemm) {
-  return has_base(gemm) && gemm.token_count >= 4;
-}
+// Whether the second cache shall drop a record's codes first: they are read once, or a few times
+// in a row. With fewer tokens it was slower (cuda/NOTES.md, section 20).
+__device__ __forceinline__ bool reads_once(const Gemm& gemm) { return gemm.token_count >= 4; }
 __device__ __forceinline__ int* done_of(const Gemm& gemm, Part part) {
   return gemm.plan + kPlanDone + part;
 }

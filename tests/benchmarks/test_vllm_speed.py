@@ -9,13 +9,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 SCRIPTS = Path(__file__).parents[2] / "benchmarks" / "vllm"
 sys.path.insert(0, str(SCRIPTS))
 from speed import take, with_room  # noqa: E402
-from step_kernels import shares  # noqa: E402
+from step_kernels import SKIPPED, begin_clock, end_clock, shares  # noqa: E402
 from turns import mark_file, turn_file, wait_for_marks  # noqa: E402
 
 BEGIN = """
@@ -140,3 +141,41 @@ def test_a_step_is_made_of_its_kernels_and_gaps() -> None:
     }
     assert sum(kernel["us"] + kernel["gap_before_us"] for kernel in found["kernels"]) == found["step_us"]
     assert "note" in shares([("product", 0.0, 1.0)])
+
+
+class Runner:
+    """vLLM's, as far as steps are timed: each takes a while by a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr("step_kernels.time", SimpleNamespace(monotonic=lambda: self.now))
+
+    def execute_model(self, scheduled: SimpleNamespace) -> str:
+        self.now += scheduled.seconds
+        return "done"
+
+
+def step(sequences: int, seconds: float, tokens: int | None = None) -> SimpleNamespace:
+    each = dict.fromkeys(range(sequences), 1)
+    return SimpleNamespace(
+        num_scheduled_tokens=each, total_num_scheduled_tokens=sequences if tokens is None else tokens, seconds=seconds
+    )
+
+
+def test_a_steps_time_is_that_of_the_middle_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner(monkeypatch)
+    worker = SimpleNamespace(model_runner=runner)
+    begin_clock(worker, 2)
+    slow, steady = [step(2, 1.0)] * SKIPPED, [step(2, 0.25)] * 10
+    for scheduled in (step(2, 9.0, tokens=64), step(1, 9.0), *slow, *steady, *slow, step(1, 9.0)):
+        assert worker.model_runner.execute_model(scheduled) == "done"
+    assert end_clock(worker) == pytest.approx(250)
+    assert worker.model_runner.execute_model == runner.execute_model
+
+
+def test_a_run_that_is_too_short_is_said_to_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = SimpleNamespace(model_runner=Runner(monkeypatch))
+    begin_clock(worker, 1)
+    worker.model_runner.execute_model(step(1, 1.0))
+    with pytest.raises(RuntimeError, match="1 steps of one token a sequence"):
+        end_clock(worker)

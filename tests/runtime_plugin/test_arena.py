@@ -18,6 +18,7 @@ from deltaweave.formats import (
 )
 from deltaweave.runtime_plugin.library import ArenaFullError, LibraryError
 from deltaweave.runtime_plugin.pytorch import Arena, ArenaError, AttachError, attach, native
+from deltaweave.runtime_plugin.pytorch.context_switch import QuietSwitch
 from family import Family, edit_config, finetune, load
 from helpers import perturbed, tiny_checkpoint
 from op_arena import random_factored
@@ -76,6 +77,25 @@ class TestLife:
         assert serves(family, arena, ["a", "b", "c"])
         assert residents(arena) == {"a", "b", "c", "d"}
         assert arena.stats().free_bytes == free
+
+    def test_contexts_are_switched_behind_uploads_and_captures(self, arena):
+        now, switches = [0.0], []
+        arena._quiet = QuietSwitch(lambda: switches.append(now[0]), lambda: now[0])
+
+        def switched_by_a_step_at(seconds):
+            now[0] = seconds
+            with arena.step(["a"]):
+                return switches.count(seconds) == 1
+
+        assert switched_by_a_step_at(1.0)
+        arena.evict("b")
+        arena.resident(["b"])
+        assert not switched_by_a_step_at(1.01)
+        assert switched_by_a_step_at(1.2)
+        assert not switched_by_a_step_at(1.3)
+        arena.acquire_graph()
+        assert switched_by_a_step_at(1.4)
+        arena.release_graph()
 
     def test_the_rows_of_an_evicted_tenant_are_empty(self, arena):
         [slot] = arena.resident(["b"])
