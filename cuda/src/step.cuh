@@ -67,6 +67,10 @@ __device__ __forceinline__ bool is_served(const Gemm& gemm, const int64_t* row) 
   return row[DW_FIELD_KIND] == gemm.record + 1;
 }
 
+// Whether the second cache shall drop a record's codes first: they are read once, or a few times
+// in a row. With fewer tokens it was slower (cuda/NOTES.md, section 20).
+__device__ __forceinline__ bool reads_once(const Gemm& gemm) { return gemm.token_count >= 4; }
+
 // h of a tile, slice and token.
 __device__ __forceinline__ float* h_row(const Gemm& gemm, int tile, int slice, int order) {
   const int64_t rows = static_cast<int64_t>(tile * gemm.slice_count + slice) * gemm.token_count;
@@ -176,9 +180,6 @@ enum Part { kBasePart, kShrinkPart, kExpandPart };
 __device__ __forceinline__ bool has_base(const Gemm& gemm) {
   return gemm.slices[0].base != nullptr;
 }
-// Whether the second cache shall drop a record's codes first: they are read once, or a few times
-// in a row. With fewer tokens it was slower (cuda/NOTES.md, section 20).
-__device__ __forceinline__ bool reads_once(const Gemm& gemm) { return gemm.token_count >= 4; }
 __device__ __forceinline__ int* done_of(const Gemm& gemm, Part part) {
   return gemm.plan + kPlanDone + part;
 }

@@ -39,14 +39,14 @@ class QuietSwitch:
         self._due = clock() + QUIET_SECONDS
 
     def disturb(self, upload: Ready | None = None) -> None:
-        """Streams have been changed, and are until an upload is done."""
-        self._upload = upload
+        """Streams have been changed, and are until an upload is done; uploads end in the order in which they come."""
+        self._upload = upload or self._upload
         self._due = self._clock() + QUIET_SECONDS
 
     def settle(self) -> None:
         """A step is about to begin: switches if it is time to."""
         if self._upload is not None and not self._upload.done():
-            self.disturb(self._upload)
+            self.disturb()
             return
         self._upload = None
         if self._clock() >= self._due:

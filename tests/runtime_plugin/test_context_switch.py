@@ -53,6 +53,7 @@ def test_an_upload_is_waited_for_and_then_some():
     device, upload = Device(), Upload()
     device.steps(1.0)
     device.quiet.disturb(upload)
+    device.quiet.disturb()
     assert device.steps(3 * PERIOD_SECONDS) == 0
     upload.ended = True
     assert device.steps(QUIET_SECONDS / 2) == 0
