@@ -114,7 +114,7 @@ def _rewrite(folder: Path) -> None:
 
     for name, start, meaning in INSTRUCTIONS:
         edit(name, rf'asm ?(?:volatile)?\(\s*"{re.escape(start)}.*?\);(?=\s)', meaning)
-    edit("ring.cuh", r"#if defined[^\n]*\n\ntemplate.*?#endif\n", '#include "copies.cuh"\n')
+    edit("ring.cuh", r"#if defined[^\n]*\n\n.*?#endif\n", '#include "copies.cuh"\n')
     edit("stages.cuh", r"template <int kStages, int kConsumers.*?\n};\n", "")
     edit("prefill.cuh", r"#if DW_WGMMA\n.*#endif\n(?=\n}  // namespace prefill)", '#include "products.cuh"\n')
     for name in ("base_gemm.cu", "dense_gemm.cu", "expand.cu", "prefill_gemm.cu", "shrink.cu"):

@@ -8,9 +8,9 @@ process of its own: the stock one, ours, vLLM's LoRA at rank 256 on every projec
 which there is room, each on the GPU that has most of it (`--ranks` GPUs); nobody measures before the others have
 started and loaded their tenants, and servers of one GPU measure in the order in which they are named; times to a first
 token come last of all, when nothing else is measured. Ours is measured with deltas, then with the kernels that a step
-of deltas runs when one of the tenants is a fusion. A decode step is the mean of those in the middle of a run of 80
-new tokens; prompts have 32 tokens of their own. Figures are written as they come, and kept if a server's time is
-over.
+of deltas runs when one of the tenants is a fusion. A decode step is the mean of those in the middle of a run of 80 new
+tokens, the best of three runs; prompts have 32 tokens of their own. Figures are written as they come, and kept if a
+server's time is over.
 """
 
 from __future__ import annotations

@@ -42,19 +42,22 @@ struct Shared {
   Batch ahead[kWarps][kAhead];
   float sums[2][kWarps][kDecodeTokens][kTokenPitch];  // of this tile and of the last
 };
+constexpr int kMostAhead = 4;
+static_assert(sizeof(Shared<kMostAhead>) <= 99 << 10,
+              "what a block of threads may have on sm_89 and sm_120");
 
 __device__ __forceinline__ void ask(uint4& to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&to)), "l"(from)
                : "memory");
 }
-// W is read once, so the second cache may drop it first. Four lanes ask for 64 bytes of a row, and
-// the next warp for those behind: the cache is to ask memory for both at once.
-__device__ __forceinline__ uint64_t read_once() {
+// W is read once, so the second cache shall drop it first. Four lanes ask for 64 bytes of a row,
+// and the next warp for those behind: the cache is to ask memory for both at once.
+__device__ __forceinline__ uint64_t drop_first() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
-__device__ __forceinline__ void ask_once(uint4& to, const void* from, uint64_t policy) {
+__device__ __forceinline__ void ask_for_weights(uint4& to, const void* from, uint64_t policy) {
   asm volatile("cp.async.cg.shared.global.L2::cache_hint.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    shared_address(&to)),
                "l"(from), "l"(policy)
@@ -74,7 +77,7 @@ struct Product {
   const Interval operands;
   const int lane, warp, turns;  // turns: batches of a warp and tile
   const unsigned char* x;       // of the lane's token
-  const uint64_t policy = read_once();
+  const uint64_t policy = drop_first();
   // Of what is asked for next: the tile's first operand, the first of kAhead turns, ...
   int operand, turn = 0;
   const unsigned char* row;  // q
@@ -140,7 +143,7 @@ struct Product {
     const unsigned char* from = row + 2 * min(feature(i), gemm.in_features - kOctet);
 #pragma unroll
     for (int r = 0; r < 2 * kOperands; ++r) {
-      if (r < rows) ask_once(shared.ahead[warp][i][r][lane], from + r * step, policy);
+      if (r < rows) ask_for_weights(shared.ahead[warp][i][r][lane], from + r * step, policy);
     }
   }
 
@@ -251,11 +254,12 @@ cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
                           gemm);
 }
 
-// What is under way makes stage 1's reads wait: a short stream ends before it if there is too much.
+// What is under way makes stage 1's reads wait: a short stream ends before it if there is too much
+// (measured with 132 multiprocessors).
 template <typename T>
 cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   const int operands = operand_count(gemm) / base_blocks(gemm);  // of a block of threads
-  if (operands >= 8) return launch<T, 4>(gemm, stream);
+  if (operands >= 8) return launch<T, kMostAhead>(gemm, stream);
   return operands >= 4 ? launch<T, 3>(gemm, stream) : launch<T, 2>(gemm, stream);
 }
 

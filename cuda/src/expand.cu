@@ -144,7 +144,7 @@ struct Run {
     ring.fill(
         to < kStages ? to : to - kStages,
         share.u + static_cast<int64_t>(ahead_group) * share.group_bytes + ahead_step * share.bytes,
-        share.bytes, reads_once(gemm));
+        share.bytes, drops_codes_first(gemm));
     if (++ahead_step < share.steps) return;
     ahead_step = 0;
     ++ahead_share;

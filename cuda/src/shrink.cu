@@ -102,10 +102,11 @@ struct Run {
     shared.stages.wait_empty(to);
     unsigned char* stage = shared.stage[to.place];
     shared.stages.expect(to, next.next == 0 ? next.bytes : 2 * next.bytes);
-    const bool once = reads_once(gemm);
-    shared.stages.copy_wide(to, stage, next.from, next.bytes, once);
+    const bool drop_first = drops_codes_first(gemm);
+    shared.stages.copy_wide(to, stage, next.from, next.bytes, drop_first);
     if (next.next != 0) {
-      shared.stages.copy_wide(to, stage + next.bytes, next.from + next.next, next.bytes, once);
+      shared.stages.copy_wide(to, stage + next.bytes, next.from + next.next, next.bytes,
+                              drop_first);
     }
     shared.stages.close(to);
   }

@@ -67,9 +67,12 @@ __device__ __forceinline__ bool is_served(const Gemm& gemm, const int64_t* row) 
   return row[DW_FIELD_KIND] == gemm.record + 1;
 }
 
-// Whether the second cache shall drop a record's codes first: they are read once, or a few times
-// in a row. With fewer tokens it was slower (cuda/NOTES.md, section 20).
-__device__ __forceinline__ bool reads_once(const Gemm& gemm) { return gemm.token_count >= 4; }
+// Whether the second cache shall drop a record's codes first. With fewer tokens it was slower, with
+// more, which read a tenant's codes more than four times, it was not measured (cuda/NOTES.md,
+// section 20).
+__device__ __forceinline__ bool drops_codes_first(const Gemm& gemm) {
+  return gemm.token_count >= 4 && gemm.token_count <= 32;
+}
 
 // h of a tile, slice and token.
 __device__ __forceinline__ float* h_row(const Gemm& gemm, int tile, int slice, int order) {

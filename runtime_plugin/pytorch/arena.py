@@ -313,7 +313,7 @@ class Arena:
     def begin_step(self, names: Sequence[str | None]) -> OpenStep:
         """Brings tenants to the device and keeps them there until `end_step`; see `step`."""
         self._collect()
-        self.settle()
+        self.switch_if_quiet()
         slots = self.resident(names)
         entries = [self._entry(name) for name in set(names) if name is not None]
         used = {slot for entry in entries for slot in _slots(entry.parts)}
@@ -331,10 +331,10 @@ class Arena:
         else:
             self._book.end_step(step.number)
 
-    def settle(self) -> None:
+    def switch_if_quiet(self) -> None:
         """A step is about to begin, with tenants or without: see `context_switch`; `begin_step` does it too."""
         if self._quiet is not None:
-            self._quiet.settle()
+            self._quiet.switch_if_quiet()
 
     def disturb(self) -> None:
         """Kernels have run in other streams than steps', as captures do; uploads are known."""

@@ -142,7 +142,7 @@ class Tenants:
             ArenaError: an id that no request names, or that is another tenant's already.
         """
         self.admit_finished()
-        self.arena.settle()
+        self.arena.switch_if_quiet()
         ids = [adapter_id for adapter_id in dict.fromkeys((*tokens, *sampled)) if adapter_id]
         served = [adapter_id for adapter_id in ids if adapter_id not in self._idle]
         for adapter_id in served:

@@ -126,7 +126,9 @@ def test_runs_are_bit_identical(gpu_library, many):
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("tokens", [1, 3, 8])
-@pytest.mark.parametrize(("in_features", "outs"), [(1024, (512, 256)), (328, (33, 5, 700)), (4096, (11008,))])
+@pytest.mark.parametrize(
+    ("in_features", "outs"), [(1024, (512, 256)), (328, (33, 5, 700)), (4096, (11008,)), (4096, (11008, 11008))]
+)
 def test_the_base_in_the_call(gpu_library, in_features, outs, tokens, dtype):
     """In one call and in halves, in a graph too; three kernels at a time, so many times: the bits must repeat."""
     import torch

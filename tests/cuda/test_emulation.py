@@ -163,6 +163,9 @@ BASES = {
     "eight tokens bf16": Case(tokens=8, slots=[0, 2, 1, 0, 1, -1, 1, 1], in_features=1152, dtype="bfloat16"),
     "ragged": Case(tokens=3, in_features=328, outs=(33, 5), bands=(RandomBand(3, 5), RandomBand(2, 3))),
     "odd shard": Case(tokens=3, in_features=304, outs=(100,), group_offsets=(37, 21)),
+    # More than eight operands for each of the five multiprocessors there: most batches ahead.
+    "many outputs": Case(tokens=2, slots=[0, 1], in_features=1064, outs=(400, 333)),
+    "many outputs bf16": Case(tokens=8, slots=[0, 2, 1, 0, 1, -1, 1, 1], outs=(700,), dtype="bfloat16"),
 }
 
 

@@ -421,7 +421,10 @@ def test_evictions_in_flight(tmp_path):
     assert served.arena.stats().resident_slots == 2
 
 
+@pytest.mark.filterwarnings("error:no second CUDA context")
 def test_a_switch_of_contexts_gives_back_what_changes_of_streams_cost():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("contexts are switched on compute capability 9.0")
     switch, numbers = context_switch(torch.cuda.current_device()), torch.ones(1 << 20, device="cuda")
     graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(3)]
     with torch.cuda.graph(graph):
@@ -431,18 +434,16 @@ def test_a_switch_of_contexts_gives_back_what_changes_of_streams_cost():
     def microseconds():
         return min(_replay_us(graph) for _ in range(20))
 
-    switch()
-    before = microseconds()
     for stream in 40 * streams:
         with torch.cuda.stream(stream):
             numbers.mul_(1)
         torch.cuda.synchronize()
     changed = microseconds()
     switch()
-    after = microseconds()
-    print(f"{before:.1f} us, after changes of stream {changed:.1f}, after a switch {after:.1f}")
-    assert after < 1.02 * before
+    switched = microseconds()
+    print(f"after changes of stream {changed:.1f} us, after a switch {switched:.1f}")
     assert torch.equal(numbers, torch.ones_like(numbers))
+    assert switched < 0.97 * changed, "nothing was gained: another process may run on this GPU, or changes cost nothing"
 
 
 def _replay_us(graph):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from deltaweave.runtime_plugin.pytorch.context_switch import context_switch
 
 __all__ = ["Timing", "copy_rate", "event_ms", "graph_timing"]
 
@@ -31,6 +32,7 @@ def graph_timing(work: Callable[[], None]) -> Timing:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
+    context_switch(torch.cuda.current_device())()  # captures change streams
     graph.replay()
     first = event_ms(graph.replay)
     repeats = max(FEWEST_REPEATS, min(MOST_REPEATS, int(TARGET_MS / max(first, 1e-3))))

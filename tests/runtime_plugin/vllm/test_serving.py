@@ -5,6 +5,7 @@ import itertools
 import shutil
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -459,3 +460,22 @@ def test_another_base_is_refused(tmp_path, many):
     with pytest.raises(AttachError, match="accept_base"):
         server.add("t0", many.deltas["t0"])
     Server(other, accept_base=True).add("t0", many.deltas["t0"])
+
+
+def test_contexts_are_switched_before_steps_of_the_base_too(tmp_path):
+    family = Family.make(tmp_path)
+    family.add("one", seed=1)
+    server = Server(family)
+    (tenants,) = server.tenants
+    seen = []
+    tenants.arena._quiet = SimpleNamespace(
+        switch_if_quiet=lambda: seen.append("step"), disturb=lambda upload=None: seen.append("disturbed")
+    )
+    tenants.begin([0], [0], {})
+    assert seen == ["step"]
+    tenants.warm(active=False, fused=False)
+    assert seen == ["step", "disturbed"]
+    adapter = server.add("one", family.deltas["one"])
+    assert seen[2:] == ["disturbed"]  # its upload
+    tenants.begin([adapter.id], [adapter.id], {adapter.id: adapter})
+    assert "step" in seen[3:]
