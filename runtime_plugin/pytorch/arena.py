@@ -20,7 +20,7 @@ from deltaweave.formats import Delta, DeltaweaveError, Fusion, open_tenant
 from deltaweave.runtime_plugin import library
 from deltaweave.runtime_plugin.fit import AttachError
 from deltaweave.runtime_plugin.library import DIRECTORY_FIELDS, ArenaFullError, ArenaStats, LibraryError
-from deltaweave.runtime_plugin.pytorch.context_switch import QuietSwitch, context_switch
+from deltaweave.runtime_plugin.pytorch.context_switch import quiet_switch
 from deltaweave.runtime_plugin.pytorch.native import native_library
 from deltaweave.runtime_plugin.pytorch.settings import SlotSettings, pinned
 from deltaweave.runtime_plugin.pytorch.tenant import ParameterTable, Tenant, load_fusion, load_tenant
@@ -105,7 +105,14 @@ class Arena:
     """
 
     def __init__(
-        self, table: ParameterTable, *, capacity_bytes: int, slots: int, device: torch.device, max_rank: int
+        self,
+        table: ParameterTable,
+        *,
+        capacity_bytes: int,
+        slots: int,
+        device: torch.device,
+        max_rank: int,
+        switch_contexts: bool = True,
     ) -> None:
         """Takes the device memory; see `for_model`."""
         self.table = table
@@ -124,7 +131,7 @@ class Arena:
             max_rank=max_rank,
         )
         weakref.finalize(self, self._book.close)
-        self._quiet = QuietSwitch(context_switch(self.buffer.device.index)) if self.buffer.is_cuda else None
+        self._quiet = quiet_switch(self.buffer.device) if switch_contexts else None
         self._entries: dict[str, HeldTenant] = {}
         self._open_steps: deque[tuple[int, torch.cuda.Event]] = deque()
 
@@ -138,6 +145,7 @@ class Arena:
         vocabulary: int | None = None,
         max_rank: int | None = None,
         device: torch.device | str | None = None,
+        switch_contexts: bool = True,
     ) -> Arena:
         """An arena for fine-tunes of a model.
 
@@ -149,6 +157,7 @@ class Arena:
             max_rank: largest rank of a tenant's record, and of a fusion's LoRAs of a layer together; None for what the
                 model's shapes allow, from 512 up to 4096.
             device: None for the model's.
+            switch_contexts: shorten the gaps between kernels by a second CUDA context, 0.5 GiB (`context_switch`).
 
         Raises:
             AttachError: the model is none of these, or has a delta attached.
@@ -162,6 +171,7 @@ class Arena:
             slots=slots,
             device=home,
             max_rank=max(table.largest_rank(), FUSION_RANK) if max_rank is None else max_rank,
+            switch_contexts=switch_contexts,
         )
 
     @property

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from deltaweave.runtime_plugin.pytorch.upload import Ready
 
-__all__ = ["QuietSwitch", "context_switch"]
+__all__ = ["QuietSwitch", "context_switch", "quiet_switch"]
 
 # A switch takes 0.36 ms of a step, so one comes when nothing was uploaded for so long,
 QUIET_SECONDS = 0.05
@@ -53,6 +53,14 @@ class QuietSwitch:
         if self._clock() >= self._due:
             self._due = self._clock() + PERIOD_SECONDS
             self._switch()
+
+
+def quiet_switch(device: torch.device) -> QuietSwitch | None:
+    """That of a GPU on which contexts are switched, which takes the memory of `context_switch`; None for others."""
+    if device.type != "cuda":
+        return None
+    switch = context_switch(device.index)
+    return None if switch is _nothing else QuietSwitch(switch)
 
 
 @cache

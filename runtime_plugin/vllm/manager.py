@@ -62,6 +62,7 @@ class TenantManager:
             slots=lora.max_loras * (1 + options.delta_experts),
             device=torch.device(self._device),
             max_rank=options.max_rank or max(table.largest_rank(), FUSION_RANK),
+            switch_contexts=options.switch_contexts,
         )
         step = Step(arena, tokens=self._tokens, fusions=options.fusions, delta_experts=options.delta_experts)
         self._tenants = Tenants(step, at_once=lora.max_loras, most=lora.max_cpu_loras, accept_base=options.accept_base)
