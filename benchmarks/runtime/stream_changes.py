@@ -21,12 +21,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from deltaweave.runtime_plugin.pytorch.context_switch import context_switch
+from deltaweave.runtime_plugin.pytorch.context_switch import HOPPER, context_switch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "kernels"))
+from results_file import circumstances, write_result
+from rivals.timing import event_ms
 
 HIDDEN, WIDE, LAYERS = 4096, 11008, 32
 TIMES, REPLAYS = 24, 10
+BF16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
 
 
 class DecodeStep:
@@ -51,23 +55,11 @@ class DecodeStep:
 
     def replay_us(self) -> float:
         """The better of two runs, one behind another."""
-        return min(elapsed_us(self._replays) for _ in range(2)) / REPLAYS
+        return 1e3 * min(event_ms(self._replays) for _ in range(2)) / REPLAYS
 
     def _replays(self) -> None:
         for _ in range(REPLAYS):
             self.graph.replay()
-
-
-BF16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
-
-
-def elapsed_us(work: Callable[[], None]) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    work()
-    end.record()
-    end.synchronize()
-    return 1e3 * begin.elapsed_time(end)
 
 
 def acts() -> dict[str, Callable[[], None]]:
@@ -113,10 +105,8 @@ def switch_us(step: DecodeStep, switch: Callable[[], None]) -> float:
             if switching:
                 switch()
 
-    with_them, without = (
-        min(elapsed_us(lambda on=on: replays(switching=on)) for _ in range(3)) for on in (True, False)
-    )
-    return (with_them - without) / (4 * REPLAYS)
+    with_them, without = (min(event_ms(lambda on=on: replays(switching=on)) for _ in range(3)) for on in (True, False))
+    return 1e3 * (with_them - without) / (4 * REPLAYS)
 
 
 def plot(rows: list[dict[str, Any]], file: Path) -> None:
@@ -136,12 +126,12 @@ def plot(rows: list[dict[str, Any]], file: Path) -> None:
 
 def main() -> None:
     """Measures, prints, writes."""
-    from results_file import circumstances, write_result
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--plot", type=Path, help="folder of the plot")
     arguments = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability()[0] != HOPPER:
+        parser.error("contexts are switched on a GPU of compute capability 9.0, of which there is none")
     torch.cuda.set_stream(torch.cuda.Stream())
     step = DecodeStep()
     free, began = torch.cuda.mem_get_info()[0], time.monotonic()

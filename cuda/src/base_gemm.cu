@@ -50,9 +50,9 @@ __device__ __forceinline__ void ask(uint4& to, const void* from) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(&to)), "l"(from)
                : "memory");
 }
-// W is read once, so the second cache shall drop it first. Four lanes ask for 64 bytes of a row,
+// W is read once, so the second cache shall evict it first. Four lanes ask for 64 bytes of a row,
 // and the next warp for those behind: the cache is to ask memory for both at once.
-__device__ __forceinline__ uint64_t drop_first() {
+__device__ __forceinline__ uint64_t evict_first_policy() {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   return policy;
@@ -77,7 +77,7 @@ struct Product {
   const Interval operands;
   const int lane, warp, turns;  // turns: batches of a warp and tile
   const unsigned char* x;       // of the lane's token
-  const uint64_t policy = drop_first();
+  const uint64_t policy = evict_first_policy();
   // Of what is asked for next: the tile's first operand, the first of kAhead turns, ...
   int operand, turn = 0;
   const unsigned char* row;  // q

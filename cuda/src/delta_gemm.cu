@@ -125,7 +125,7 @@ dw_status run_shrink(const dw_gemm& args, const Workspace& cut, dw_record_kind r
   if (!in_place) DW_RETURN_IF_ERROR(check_launch(launch_prepare(args, cut, stream), "prepare"));
   const Gemm gemm = describe(args, cut, in_place, record);
   if (record == DW_LORA) return check_launch(launch_lora_shrink(gemm, stream), "shrink of LoRAs");
-  if (gemm.slices[0].base != nullptr) {
+  if (has_base(gemm)) {
     DW_RETURN_IF_ERROR(check_launch(launch_base(gemm, stream), "base"));
   }
   return check_launch(launch_shrink(gemm, stream), "shrink");

@@ -144,7 +144,7 @@ struct Run {
     ring.fill(
         to < kStages ? to : to - kStages,
         share.u + static_cast<int64_t>(ahead_group) * share.group_bytes + ahead_step * share.bytes,
-        share.bytes, drops_codes_first(gemm));
+        share.bytes, evicts_codes_first(gemm));
     if (++ahead_step < share.steps) return;
     ahead_step = 0;
     ++ahead_share;
@@ -339,8 +339,7 @@ cudaError_t launch_typed(const Gemm& gemm, cudaStream_t stream) {
   for (int s = 0; s < gemm.slice_count; ++s) groups += gemm.slices[s].groups;
   const int items = gemm.token_count * groups;
   // Beside the base's product there is room for eight warps.
-  const bool fits =
-      gemm.slices[0].base == nullptr && room_for_h<16, 1>(gemm) >= pitch_of(gemm.ranks);
+  const bool fits = !has_base(gemm) && room_for_h<16, 1>(gemm) >= pitch_of(gemm.ranks);
   if (fits && items <= 64) return launch<T, 16, 1>(gemm, groups, stream);
   const bool few = gemm.token_count < 64 && items <= 16 * multiprocessors();
   if (few || gemm.token_count < 24) return launch<T, 8, 1>(gemm, groups, stream);

@@ -10,6 +10,7 @@
 
 #include "deltaweave.h"
 #include "gemm_args.h"
+#include "layout.h"
 
 namespace dw {
 
@@ -53,6 +54,9 @@ struct Gemm {
   int slice_count;
   Slice slices[DW_MAX_SLICES];
 };
+
+// Whether the call computes the base's product too.
+DW_HD bool has_base(const Gemm& gemm) { return gemm.slices[0].base != nullptr; }
 
 dw_status check_launch(cudaError_t error, const char* what);
 int multiprocessors();

@@ -19,13 +19,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 
-// The bulk copy engine's copy. `drop_first`: by the second cache, which then keeps what is read
+// The bulk copy engine's copy. `evict_first`: the second cache does so, and keeps what is read
 // again. The number is what createpolicy.fractional.L2::evict_first makes for all of a copy
 // (cute/arch/copy_sm90_desc.hpp of CUTLASS has it too).
 __device__ __forceinline__ void copy_bulk(uint32_t to, const void* from, int bytes,
-                                          uint32_t barrier, bool drop_first) {
+                                          uint32_t barrier, bool evict_first) {
   constexpr uint64_t kEvictFirst = 0x12F0000000000000;
-  if (drop_first) {
+  if (evict_first) {
     asm volatile(
         "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], "
         "[%1], %2, [%3], %4;" ::"r"(to),
@@ -57,12 +57,12 @@ class Ring {
   }
 
   __device__ __forceinline__ void fill(int stage, const void* from, int bytes,
-                                       bool drop_first = false) const {
+                                       bool evict_first = false) const {
     if (threadIdx.x % 32 != 0) return;
     const uint32_t barrier = barriers_ + 8 * stage;
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
                  : "memory");
-    copy_bulk(memory_ + stage * kStageBytes, from, bytes, barrier, drop_first);
+    copy_bulk(memory_ + stage * kStageBytes, from, bytes, barrier, evict_first);
   }
 
   __device__ __forceinline__ void skip() const {}

@@ -102,11 +102,11 @@ struct Run {
     shared.stages.wait_empty(to);
     unsigned char* stage = shared.stage[to.place];
     shared.stages.expect(to, next.next == 0 ? next.bytes : 2 * next.bytes);
-    const bool drop_first = drops_codes_first(gemm);
-    shared.stages.copy_wide(to, stage, next.from, next.bytes, drop_first);
+    const bool evict_first = evicts_codes_first(gemm);
+    shared.stages.copy_wide(to, stage, next.from, next.bytes, evict_first);
     if (next.next != 0) {
       shared.stages.copy_wide(to, stage + next.bytes, next.from + next.next, next.bytes,
-                              drop_first);
+                              evict_first);
     }
     shared.stages.close(to);
   }
@@ -272,27 +272,23 @@ __global__ void __launch_bounds__(kTeamThreads, kResident)
   if (has_base(gemm)) end_part(gemm, kShrinkPart);
 }
 
-// With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end. So it
-// is beside the base's product: on some multiprocessors stage 2 waits from the start.
-int blocks_of(const Gemm& gemm) {
-  const int64_t most =
-      static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
-  const int all = multiprocessors();
-  const int own = gemm.slices[0].base != nullptr ? all * 5 / 6
-                  : gemm.token_count < 8         ? all
-                                                 : kResident * all;
-  return static_cast<int>(std::min<int64_t>(most, own));
-}
-
 template <typename T>
 cudaError_t launch(const Gemm& gemm, cudaStream_t stream) {
-  return launch_dependent(shrink_kernel<T>, dim3(blocks_of(gemm)), kTeamThreads, sizeof(Shared),
+  return launch_dependent(shrink_kernel<T>, dim3(shrink_blocks(gemm)), kTeamThreads, sizeof(Shared),
                           stream, gemm);
 }
 
 }  // namespace
 
-int shrink_blocks(const Gemm& gemm) { return blocks_of(gemm); }
+// With few tokens latency counts: room is left for stage 2 to begin beside this kernel's end. So it
+// is beside the base's product: on some multiprocessors stage 2 waits from the start.
+int shrink_blocks(const Gemm& gemm) {
+  const int64_t most =
+      static_cast<int64_t>(gemm.token_count) * gemm.slice_count * gemm.tiles * gemm.blocks;
+  const int all = multiprocessors();
+  const int own = has_base(gemm) ? all * 5 / 6 : gemm.token_count < 8 ? all : kResident * all;
+  return static_cast<int>(std::min<int64_t>(most, own));
+}
 
 cudaError_t launch_shrink(const Gemm& gemm, cudaStream_t stream) {
   return gemm.x_dtype == DW_BFLOAT16 ? launch<__nv_bfloat16>(gemm, stream)

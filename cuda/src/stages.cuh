@@ -68,10 +68,10 @@ struct Stages {
                  "r"(bytes)
                  : "memory");
   }
-  // One lane's copy; `drop_first`: as for a ring.
+  // One lane's copy; `evict_first`: as for a ring.
   __device__ __forceinline__ void copy(Now turn, void* to, const void* from, int bytes,
-                                       bool drop_first = false) {
-    copy_bulk(shared_address(to), from, bytes, shared_address(&full[turn.place]), drop_first);
+                                       bool evict_first = false) {
+    copy_bulk(shared_address(to), from, bytes, shared_address(&full[turn.place]), evict_first);
   }
   __device__ __forceinline__ void close(Now) {}
 #else
@@ -95,9 +95,9 @@ struct Stages {
 
   // The whole copying warp copies a contiguous piece.
   __device__ __forceinline__ void copy_wide(Now turn, unsigned char* to, const void* from,
-                                            int bytes, bool drop_first = false) {
+                                            int bytes, bool evict_first = false) {
 #if __CUDA_ARCH__ >= 900
-    if (threadIdx.x % 32 == 0) copy(turn, to, from, bytes, drop_first);
+    if (threadIdx.x % 32 == 0) copy(turn, to, from, bytes, evict_first);
 #else
     for (int i = threadIdx.x % 32 * 16; i < bytes; i += 512) {
       copy(turn, to + i, static_cast<const unsigned char*>(from) + i, 16);

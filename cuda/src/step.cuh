@@ -67,10 +67,10 @@ __device__ __forceinline__ bool is_served(const Gemm& gemm, const int64_t* row) 
   return row[DW_FIELD_KIND] == gemm.record + 1;
 }
 
-// Whether the second cache shall drop a record's codes first. With fewer tokens it was slower, with
-// more, which read a tenant's codes more than four times, it was not measured (cuda/NOTES.md,
+// Whether the second cache shall evict a record's codes first. With fewer tokens it was slower,
+// with more, which read a tenant's codes more than four times, it was not measured (cuda/NOTES.md,
 // section 20).
-__device__ __forceinline__ bool drops_codes_first(const Gemm& gemm) {
+__device__ __forceinline__ bool evicts_codes_first(const Gemm& gemm) {
   return gemm.token_count >= 4 && gemm.token_count <= 32;
 }
 
@@ -121,12 +121,12 @@ struct Interval {
 };
 
 // A block of threads' own of `count` pieces: all have as many, or one more.
-__device__ __forceinline__ Interval own_pieces(int count, int own) {
-  const int blocks = gridDim.x, each = count / blocks, more = count - each * blocks;
+__device__ __forceinline__ Interval own_pieces(int count) {
+  const int blocks = gridDim.x, own = blockIdx.x, each = count / blocks,
+            more = count - each * blocks;
   const int first = own * each + min(own, more);
   return {first, first + each + (own < more)};
 }
-__device__ __forceinline__ Interval own_pieces(int count) { return own_pieces(count, blockIdx.x); }
 
 template <typename T>
 __device__ __forceinline__ T add(T value, float delta);
@@ -180,9 +180,6 @@ struct Outputs {
 // count blocks that are done. So nobody waits for what cannot begin.
 enum Part { kBasePart, kShrinkPart, kExpandPart };
 
-__device__ __forceinline__ bool has_base(const Gemm& gemm) {
-  return gemm.slices[0].base != nullptr;
-}
 __device__ __forceinline__ int* done_of(const Gemm& gemm, Part part) {
   return gemm.plan + kPlanDone + part;
 }

@@ -131,7 +131,7 @@ class Arena:
             max_rank=max_rank,
         )
         weakref.finalize(self, self._book.close)
-        self._quiet = quiet_switch(self.buffer.device) if switch_contexts else None
+        self._quiet = quiet_switch(self.buffer.device, wanted=switch_contexts)
         self._entries: dict[str, HeldTenant] = {}
         self._open_steps: deque[tuple[int, torch.cuda.Event]] = deque()
 
@@ -343,13 +343,11 @@ class Arena:
 
     def switch_if_quiet(self) -> None:
         """A step is about to begin, with tenants or without: see `context_switch`; `begin_step` does it too."""
-        if self._quiet is not None:
-            self._quiet.switch_if_quiet()
+        self._quiet.switch_if_quiet()
 
     def disturb(self) -> None:
         """Kernels have run in other streams than steps', as captures do; uploads are known."""
-        if self._quiet is not None:
-            self._quiet.disturb()
+        self._quiet.disturb()
 
     def expert_slots(self, names: Sequence[str | None], place: int) -> list[int]:
         """Slots of the deltas that are the experts at a place of some resident tenants' gates; -1 for none."""
@@ -441,8 +439,7 @@ class Arena:
         except BaseException:
             self._book.evict(slot)
             raise
-        if self._quiet is not None:
-            self._quiet.disturb(entry.ready)
+        self._quiet.disturb(entry.ready)
         entry.slot = slot
         self.uploads += 1
         return slot

@@ -55,12 +55,9 @@ class QuietSwitch:
             self._switch()
 
 
-def quiet_switch(device: torch.device) -> QuietSwitch | None:
-    """That of a GPU on which contexts are switched, which takes the memory of `context_switch`; None for others."""
-    if device.type != "cuda":
-        return None
-    switch = context_switch(device.index)
-    return None if switch is _nothing else QuietSwitch(switch)
+def quiet_switch(device: torch.device, *, wanted: bool) -> QuietSwitch:
+    """That of an arena's device: it does nothing on a CPU, on a GPU whose contexts stay, or where it is not wanted."""
+    return QuietSwitch(context_switch(device.index) if wanted and device.type == "cuda" else _nothing)
 
 
 @cache

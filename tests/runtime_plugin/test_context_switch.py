@@ -140,19 +140,17 @@ def test_an_empty_kernel_runs_in_one_second_context(driver):
     assert driver.contexts == {"second"} and not driver.current
 
 
-def test_a_gpu_has_one_and_the_cpu_none(driver):
-    assert module.quiet_switch(torch.device("cpu")) is None and not driver.contexts
-    found = module.quiet_switch(torch.device("cuda", 0))
-    found.disturb()
-    found._due = 0.0
-    found.switch_if_quiet()
-    assert driver.launched == 1
+@pytest.mark.parametrize(("device", "wanted"), [("cpu", True), ("cuda:0", False), ("cuda:0", True)])
+def test_an_arena_switches_on_a_gpu_where_it_is_wanted(driver, monkeypatch, device, wanted):
+    monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
+    module.quiet_switch(torch.device(device), wanted=wanted).switch_if_quiet()
+    assert driver.launched == len(driver.contexts) == (wanted and device != "cpu")
 
 
 def test_gpus_that_were_not_measured_are_left_alone(driver, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
     module.context_switch(0)()
-    assert module.quiet_switch(torch.device("cuda", 0)) is None
+    module.quiet_switch(torch.device("cuda", 0), wanted=True)
     assert not driver.launched and not driver.contexts
 
 

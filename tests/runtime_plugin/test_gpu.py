@@ -2,6 +2,7 @@
 """The PyTorch host on a GPU: ops against the CPU reference, models against float32, graphs, swaps under way."""
 
 import copy
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -425,6 +426,8 @@ def test_evictions_in_flight(tmp_path):
 def test_a_switch_of_contexts_gives_back_what_changes_of_streams_cost():
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("contexts are switched on compute capability 9.0")
+    if int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+        pytest.skip("needs the GPU for itself: other processes switch its contexts")
     switch, numbers = context_switch(torch.cuda.current_device()), torch.ones(1 << 20, device="cuda")
     graph, streams = torch.cuda.CUDAGraph(), [torch.cuda.Stream() for _ in range(3)]
     with torch.cuda.graph(graph):
@@ -443,7 +446,7 @@ def test_a_switch_of_contexts_gives_back_what_changes_of_streams_cost():
     switched = microseconds()
     print(f"after changes of stream {changed:.1f} us, after a switch {switched:.1f}")
     assert torch.equal(numbers, torch.ones_like(numbers))
-    assert switched < 0.97 * changed, "nothing was gained: another process may run on this GPU, or changes cost nothing"
+    assert switched < 0.97 * changed, "nothing was gained; does another process use this GPU?"
 
 
 def _replay_us(graph):
