@@ -51,12 +51,14 @@ DEVICE_BYTES = 139 * GIB
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--parts", nargs="+", default=["upload", "capacity", "decode"])
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
     parser.add_argument("--tenants", type=int, nargs="+", default=[1, 8, 32], help="rows of a decode step")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--length", type=int, default=512, help="positions of the cache")
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
+    if not torch.cuda.is_available():
+        parser.error("needs an NVIDIA GPU, and there is none")
     model = random_llama(arguments.layers)
     results: dict[str, Any] = {
         **circumstances(),
